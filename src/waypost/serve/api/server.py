@@ -82,7 +82,7 @@ class Ending:
     async def _drain(self) -> None:
         try:
             if self._service.in_flight:
-                self._say(
+                self._tell(
                     f"stopping; in flight: {self._service.in_flight}, with {self._drain_s:g} s to finish (again: stop now)"
                 )
             deadline = asyncio.get_running_loop().time() + self._drain_s
@@ -91,9 +91,14 @@ class Ending:
                     await asyncio.wait_for(self._now.wait(), 0.05)
             cut_off = self._service.in_flight
             await asyncio.to_thread(self._service.close)  # what is cut off gets an error that says so
-            self._say(f"stopped; cut off: {cut_off}" if cut_off else "stopped")
+            self._tell(f"stopped; cut off: {cut_off}" if cut_off else "stopped")
         finally:
-            self._stop()  # also where nobody reads what is said any more: stderr was a pipe, and its reader is gone
+            self._stop()
+
+    def _tell(self, words: str) -> None:
+        """Says `words`, also where nobody reads them any more: stderr was a pipe and its reader is gone, or it is closed."""
+        with contextlib.suppress(OSError, ValueError):
+            self._say(words)
 
 
 def run(app: FastAPI, sock: socket.socket, load: Callable[[], None], *, drain_s: float, say: Callable[[str], None]) -> None:
