@@ -66,14 +66,14 @@ class LawsStep:
     def _search(self, lab: Lab, law_lr: float, rows: int, found: _Found, bar: Progress) -> None:
         outcomes: dict[float, Outcome] = {}
 
-        def at(rate: float) -> Outcome:
+        def at(rate: float) -> float:
             outcomes[rate] = _run(lab, rate, rows, 0, bar)
-            return outcomes[rate]
+            return outcomes[rate].loss
 
-        found.best_lr, best = tuned(RATES, at)
+        found.best_lr = tuned(RATES, at).rate
         found.sweep = {rate: outcome.loss for rate, outcome in outcomes.items()}
         found.law.append(_run(lab, law_lr, rows, 0, bar))
-        found.best.append(best)
+        found.best.append(outcomes[found.best_lr])
         found.recipe.append(outcomes[RECIPE])
         for other in (max(1, rows // 2), 2 * rows):
             found.batches[other * SEQ_LEN] = _run(lab, found.best_lr, other, 0, bar).loss
@@ -99,14 +99,15 @@ class LawsStep:
             claim="laws.step",
             statement=f"held-out loss after {self.tokens:,} tokens in steps of {step_tokens:,} (a tiny model from scratch, 200 "
             "times smaller than any that the law was fitted on), AdamW at the Step Law's rate against the best of "
-            f"{len(RATES)} rates, each twice the one before; the sweep, half and twice the batch beside it, on one seed",
+            f"{len(found.sweep)} rates, each twice the one before; the sweep, half and twice the batch beside it, on one seed",
             numerics="exact",
             ours=ours,
             baseline=best,
             higher_is_better=False,
             floor=None,
+            over="seeds",
             agreement="all rates have the same first weights and rows: their first losses are equal to the bit",
-            command="waypost bench laws.step -n 3 --threads 1",
+            command="waypost bench laws.step",
             extra={name: float(f"{value:.6g}") for name, value in extra.items()},
         )
 

@@ -85,6 +85,7 @@ class MergeLcsc:
             baseline=base,
             higher_is_better=False,
             floor=None,
+            over="seeds",
             agreement="on the text it was searched on, never worse than the averages it began with",
             command="waypost bench merge.lcsc",
             extra=extra,

@@ -111,8 +111,9 @@ class MetricsCapacity:
             baseline=series("bits per byte", "of training's change", bits),
             higher_is_better=False,
             floor=None,
+            over="seeds",
             agreement="the metric is, to 1e-6, what bits per byte and the bytes of a token give for every checkpoint",
-            command="waypost bench metrics.capacity -n 2 --threads 1",
+            command="waypost bench metrics.capacity",
             extra=extra,
         )
 

@@ -4,12 +4,17 @@ weights for every side of a seed, and a loss on chapters that no run has seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from waypost.core.errors import NumericsError
+
 SEQ_LEN = 128
+TUNING_SEED = 1000
+"""Of the runs by which rates are chosen: other first weights and rows than those of any run that is reported."""
 MODEL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": SEQ_LEN, "tie_word_embeddings": True,
@@ -74,14 +79,40 @@ class Lab:
         return Outcome(result.metrics["held_out_loss"], lines[0]["loss"], result.step, result.seconds, result.checkpoint)
 
 
-def tuned(rates: Sequence[float], run: Callable[[float], Outcome]) -> tuple[float, Outcome]:
-    """(the rate with the lowest loss, its run): as many tries for each side of a claim. A run that diverges has lost."""
-    from waypost.core.errors import NumericsError
+@dataclass(frozen=True)
+class Tuned:
+    """A rate that was chosen among some."""
 
-    tried: list[tuple[float, Outcome]] = []
-    for rate in rates:
-        try:
-            tried.append((rate, run(rate)))
-        except NumericsError:
-            continue
-    return min(tried, key=lambda pair: pair[1].loss)
+    rate: float
+    tried: Mapping[float, float]
+    """Rate -> loss; infinite where the run diverged."""
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether a rate beyond those tried might still be better."""
+        return self.rate in (min(self.tried), max(self.tried))
+
+
+def tuned(rates: Sequence[float], loss: Callable[[float], float], wider: int = 4) -> Tuned:
+    """The rate whose run has the lowest loss. `rates` ascend by one factor; while the best is the lowest or the highest, one
+    more is tried beyond it, at most `wider` times. A run that diverges has lost; NumericsError where all do."""
+    tried: dict[float, float] = {}
+    factor, ahead, best = rates[1] / rates[0], list(rates), 0.0
+    while ahead and len(tried) < len(rates) + wider:
+        for rate in ahead:
+            try:
+                tried[rate] = loss(rate)
+            except NumericsError:
+                tried[rate] = math.inf
+        best = min(tried, key=lambda rate: tried[rate])
+        if tried[best] == math.inf:
+            raise NumericsError(f"every learning rate diverges: {', '.join(f'{rate:g}' for rate in tried)}")
+        ahead = [best / factor] * (best == min(tried)) + [best * factor] * (best == max(tried))
+    return Tuned(best, tried)
+
+
+def chosen(found: Mapping[str, Tuned]) -> dict[str, float]:
+    """What a receipt says of the rates of its sides: which, of how many, and whether it is the last that was tried."""
+    extra = {f"{side}_lr": one.rate for side, one in found.items()}
+    extra |= {f"{side}_lrs_tried": float(len(one.tried)) for side, one in found.items()}
+    return extra | {f"{side}_lr_is_the_last_tried": 1.0 for side, one in found.items() if one.at_edge}

@@ -8,13 +8,17 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
+from waypost.bench import CAVEATS
 from waypost.bench.figure import Figure, draw
 from waypost.bench.roofline import Roofline
+
+PACKAGE = Path(__file__).resolve().parent.parent
+"""What is measured: every file of it may change a number."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,13 @@ class Receipt:
     agreement: str
     """How the outputs were found to agree before anything was timed."""
     command: str
+    """What the claim needs of `waypost bench`; `stamped` adds how it was asked."""
     limit: float | None = None
     """The worst that the median of `ours` may be by the claim's promise, in its unit, if it promises that."""
+    over: str = "rounds"
+    """What the values of both sides are one each of: rounds, seeds, lengths, texts, settings."""
+    caveat: str = ""
+    """What a reader must know beside the ratio: a cost, a comparison that is lost, a baseline that is handicapped."""
     extra: Mapping[str, float] = field(default_factory=dict)
     roofline: Roofline | None = None
     """What the machine would allow for `ours`, where that says something."""
@@ -104,11 +113,25 @@ class Receipt:
         limit = [] if self.limit is None else [f"{bound} {self.limit:g} {self.ours.unit}"]
         return " and ".join([*([] if self.floor is None else [f"{self.floor:g}"]), *limit])
 
-    def stamped(self, threads: int) -> Receipt:
-        """The receipt with the machine, the date and the commit filled in."""
-        return Receipt(
-            **{**vars(self), "machine": machine_facts(threads), "when": date.today().isoformat(), "commit": commit()}
+    def stamped(self, options: Options) -> Receipt:
+        """The receipt with the machine, the date, the commit and the options filled in."""
+        return replace(
+            self,
+            command=self._again(options),
+            caveat=self.caveat or CAVEATS.get(self.claim, ""),
+            machine=machine_facts(options.threads),
+            when=date.today().isoformat(),
+            commit=commit(),
         )
+
+    def _again(self, options: Options) -> str:
+        """The command that asks for the same once more: each option that is not what it is without being named."""
+        usual = Options()
+        needed = [f"--rival {name}=ENV" for name in self.versions if name in options.rivals]
+        said = [text for text in needed if text not in self.command]
+        said += [f"-n {options.repeats}"] if options.repeats != usual.repeats else []
+        said += [f"--threads {options.threads}"] if options.threads != usual.threads else []
+        return " ".join([self.command, *said])
 
     def line(self) -> str:
         """One JSON line."""
@@ -141,13 +164,12 @@ def machine_facts(threads: int) -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The commit of the source tree, with "+" where it has changes; "" outside a git checkout."""
-    here = Path(__file__).parent
+def commit(package: Path = PACKAGE) -> str:
+    """The commit of the source tree, with "+" where any of the package has changes; "" outside a git checkout."""
     try:
-        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=package, capture_output=True, text=True, check=True)
         dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--", "."], cwd=here, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "--", "."], cwd=package, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return ""

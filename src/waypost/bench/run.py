@@ -44,7 +44,7 @@ def measure_all(names: Sequence[str], options: Options, receipts: Path | None) -
         began = time.monotonic()
         try:
             claim: Claim = Table("bench", CLAIMS).resolve(name)()
-            receipt = claim.measure(options).stamped(options.threads)
+            receipt = claim.measure(options).stamped(options)
         except Exception as error:
             if len(names) == 1:
                 raise

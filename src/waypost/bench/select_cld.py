@@ -108,8 +108,9 @@ class SelectCld:
             baseline=series("random", "nats/token", found["random_nats"]),
             higher_is_better=False,
             floor=None,
+            over="seeds",
             agreement="both halves have the same number of tokens, to a chapter, one tokenizer and the same first weights",
-            command="waypost bench select.cld -n 3 --threads 1",
+            command="waypost bench select.cld",
             extra=extra,
         )
 

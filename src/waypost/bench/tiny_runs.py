@@ -133,15 +133,15 @@ class Lab:
 
         return self.loss_of(load(checkpoint), checkpoint)
 
-    def loss_of(self, model: Decoder, checkpoint: Path) -> float:
-        """As `loss`, of a model that reads with the tokenizer of `checkpoint`."""
+    def loss_of(self, model: Decoder, checkpoint: Path, text: Path | None = None) -> float:
+        """As `loss`, of a model that reads with the tokenizer of `checkpoint`; of `text` instead, if that is given."""
         from waypost.core.config import build
         from waypost.keep.reader import Checkpoint
         from waypost.measure.perplexity import evaluate
         from waypost.transform.recipe import HeldOut
         from waypost.transform.run import held_out_batches
 
-        held = build(HeldOut, {"path": str(self.texts.report), "max_tokens": 24576, "seq_tokens": SEQ_LEN})
+        held = build(HeldOut, {"path": str(text or self.texts.report), "max_tokens": 24576, "seq_tokens": SEQ_LEN})
         return evaluate(model, held_out_batches(Checkpoint(checkpoint), held)).loss
 
 

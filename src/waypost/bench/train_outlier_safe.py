@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waypost.bench.pretraining import MODEL, SEQ_LEN, Lab, Outcome, tuned
+from waypost.bench.pretraining import MODEL, SEQ_LEN, TUNING_SEED, Lab, Outcome, Tuned, chosen, tuned
 from waypost.bench.receipt import Options, Receipt, series
 from waypost.core.config import technique
 from waypost.core.progress import progress
@@ -30,51 +30,52 @@ class TrainOutlierSafe:
     step_tokens: int = 1024
 
     def measure(self, options: Options) -> Receipt:
-        """Each side's best rate on seed 0, then the other seeds at it, the sides in turn; losses, kurtosis, 4-bit losses."""
+        """Each side's best rate of a sweep, then every seed at it, the sides in turn; losses, kurtosis, 4-bit losses."""
         sides: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "adamw": (MODEL, {"name": "adamw"}),
             "muon": (MODEL, {"name": "muon"}),
             "osp": (OSP_MODEL, {"name": "muon"}),
         }
-        rates: dict[str, float] = {}
+        rates: dict[str, Tuned] = {}
         found: dict[str, list[float]] = {}
-        with tempfile.TemporaryDirectory(prefix="waypost-osp-") as scratch, progress("train.osp", options.repeats) as bar:
+        with tempfile.TemporaryDirectory(prefix="waypost-osp-") as scratch, progress("train.osp", options.repeats + 1) as bar:
             lab = Lab(Path(scratch), self.tokens, options.threads)
+            for side, given in sides.items():
+                rates[side] = self._sweep(lab, side, *given)
+            bar.advance(note=", ".join(f"{side} {one.rate:.3g}" for side, one in rates.items()))
             for seed in range(options.repeats):
                 for side, (model, optimizer) in sides.items():
-                    rates[side], outcome = self._one(lab, side, model, optimizer, seed, rates.get(side))
+                    outcome = self._run(lab, side, model, optimizer, seed, rates[side].rate)
                     numbers = {"loss": outcome.loss, "step_ms": 1e3 * outcome.seconds / outcome.steps}
                     for what, value in {**numbers, **judged(outcome.checkpoint)}.items():
                         found.setdefault(f"{side}_{what}", []).append(value)
                 bar.advance(note=", ".join(f"{what} {values[-1]:.3f}" for what, values in found.items()))
         return self._receipt(found, rates)
 
-    def _one(
-        self, lab: Lab, side: str, model: dict[str, Any], optimizer: dict[str, Any], seed: int, known: float | None
-    ) -> tuple[float, Outcome]:
+    def _sweep(self, lab: Lab, side: str, model: dict[str, Any], optimizer: dict[str, Any]) -> Tuned:
+        return tuned(RATES, lambda rate: self._run(lab, side, model, optimizer, TUNING_SEED, rate).loss)
+
+    def _run(self, lab: Lab, side: str, model: dict[str, Any], optimizer: dict[str, Any], seed: int, rate: float) -> Outcome:
         batch = {"name": "fixed", "tokens": self.step_tokens}
+        rest = {"rest": {"lr": rate}} if optimizer["name"] == "muon" else {}
+        return lab.run(f"{side}-{rate:.6g}", seed, {**optimizer, "lr": rate, **rest}, batch, model=model)
 
-        def at(rate: float) -> Outcome:
-            rest = {"rest": {"lr": rate}} if optimizer["name"] == "muon" else {}
-            return lab.run(f"{side}-{rate}", seed, {**optimizer, "lr": rate, **rest}, batch, model=model)
-
-        return (known, at(known)) if known is not None else tuned(RATES, at)
-
-    def _receipt(self, found: dict[str, list[float]], rates: dict[str, float]) -> Receipt:
+    def _receipt(self, found: dict[str, list[float]], rates: dict[str, Tuned]) -> Receipt:
         extra = {what: series(what, "", values).median for what, values in found.items()}
-        extra |= {f"{side}_lr": rate for side, rate in rates.items()}
+        extra |= chosen(rates)
         return Receipt(
             claim="train.osp",
             statement=f"held-out loss of a tiny model after {self.tokens:,} tokens: Muon, norms with one gain and projections "
-            "of the embedding against AdamW, three rates tried for each; excess kurtosis, and what 4 bits add to the loss, "
-            "beside it",
+            "of the embedding against AdamW, each at the best rate of a sweep on another seed; excess kurtosis, and what "
+            "4 bits add to the loss, beside it",
             numerics="exact",
             ours=series("outlier-safe set", "nats/token", found["osp_loss"]),
             baseline=series("adamw", "nats/token", found["adamw_loss"]),
             higher_is_better=False,
             floor=None,
+            over="seeds",
             agreement="all sides see the same rows and the same held-out chapters",
-            command="waypost bench train.osp -n 3",
+            command="waypost bench train.osp",
             extra=extra,
         )
 

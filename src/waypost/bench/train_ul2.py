@@ -85,8 +85,9 @@ class TrainUl2:
             baseline=series("causal", "nats/token", found["causal_infill"]),
             higher_is_better=False,
             floor=None,
+            over="seeds",
             agreement="both sides are scored on the same tokens and trained on the same rows from the same first weights",
-            command="waypost bench train.ul2 -n 3",
+            command="waypost bench train.ul2",
             extra=medians,
         )
 

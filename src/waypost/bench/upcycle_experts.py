@@ -86,6 +86,7 @@ class UpcycleExperts:
             baseline=series(f"{self.num_experts}, trained on", "nats/token", found["small"]),
             higher_is_better=False,
             floor=None,
+            over="seeds",
             agreement="every expert of the grown mixture has the bytes of one of the small one's",
             command="waypost bench upcycle.experts",
             extra={names[what]: series(what, "", values).median for what, values in found.items()},

@@ -82,6 +82,8 @@ class UpcycleSparse:
         names = {
             what: what if what.startswith(("load", "step", "dense_equal_time_steps")) else f"{what}_nats" for what in found
         }
+        extra = {names[what]: series(what, "", values).median for what, values in found.items()}
+        steps, dense, ours = (extra[name] for name in ("dense_equal_time_steps", "dense_equal_time_nats", "upcycled_nats"))
         return Receipt(
             claim="upcycle.sparse",
             statement=f"held-out loss of a tiny dense model upcycled to {self.num_experts} experts (top "
@@ -94,5 +96,8 @@ class UpcycleSparse:
             floor=None,
             agreement=f"before training the mixture's logits are the parent's to {largest:.0e} in float64",
             command="waypost bench upcycle.sparse",
-            extra={names[what]: series(what, "", values).median for what, values in found.items()},
+            over="seeds",
+            caveat=f"at equal time ({steps:.0f} steps of the dense model) the dense model is "
+            f"{'better' if dense < ours else 'worse'}, {dense:.3f} against {ours:.3f} nats/token",
+            extra=extra,
         )
