@@ -49,22 +49,29 @@ def _open(path: str | Path) -> Checkpoint:
 
 
 def _reserve(path: Path) -> None:
-    """Only a head start: whatever is wrong with the folder is said by who reads it."""
+    """Only a head start: whatever is wrong with the folder is said by who reads it, and where the system has not the memory,
+    nothing is taken from it early."""
+    from waypost.keep.image import available_bytes
     from waypost.keep.places import resolve
 
-    with contextlib.suppress(WaypostError, OSError):
-        num_bytes = packed_bytes(resolve(path))
-        if num_bytes:
+    with contextlib.suppress(WaypostError, OSError, ValueError, OverflowError):
+        num_bytes, available = packed_bytes(resolve(path)), available_bytes()
+        if num_bytes > 0 and (available is None or num_bytes <= available):
             memory.reserve(num_bytes)
 
 
 def packed_bytes(folder: Path) -> int:
     """About what serving packs of the weights in `folder`, and the huge pages on which each layer's cache begins; nothing where
-    the weights are not in bfloat16 (or in few bits, which are computed in it)."""
+    the weights are not in bfloat16 (or in few bits, which are computed in it). CheckpointError where there are none.
+
+    Counts the files that are read and no other: a folder may hold the same weights twice, as `consolidated.safetensors` too.
+    """
     from waypost.keep.format import parse_json
+    from waypost.keep.places import plain_files
 
     config = parse_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
     layers = config.get("num_hidden_layers")
     if "bfloat16" not in (config.get("dtype"), config.get("torch_dtype")) or not isinstance(layers, int):
         return 0
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) + 2 * layers * memory.HUGE_PAGE_BYTES
+    weights = sum((folder / file).stat().st_size for file in plain_files(folder))
+    return weights + 2 * layers * memory.HUGE_PAGE_BYTES

@@ -77,19 +77,22 @@ class Engine:
         threads: int | None = None, prefix_cache: bool = True, tokenizer: TextTokenizer | None = None,
         kv_policy: KvPolicy | None = None, drafting: Drafter | None = None,
     ) -> None:  # fmt: skip
-        for name, value in (("max_batch_tokens", max_batch_tokens), ("max_sequences", max_sequences), ("threads", threads)):
-            if value is not None and value < 1:
-                raise ConfigError(f"Engine: {name}={value}: must be at least 1")
-        if threads is not None:
-            torch.set_num_threads(threads)
         began_s = time.monotonic()
         self.eos_ids: list[int] = []
-        if isinstance(model, Decoder):
-            self.model, self._plain_ops = model, model.ops
-        else:
-            loaded = loading.load(model, numerics, kernel, dtype, arithmetic)
-            self.model, self.eos_ids, self._plain_ops = loaded.model, loaded.eos_ids, loaded.plain_ops
-            tokenizer = tokenizer if tokenizer is not None else loaded.tokenizer
+        try:
+            for name, value in (("max_batch_tokens", max_batch_tokens), ("max_sequences", max_sequences), ("threads", threads)):
+                if value is not None and value < 1:
+                    raise ConfigError(f"Engine: {name}={value}: must be at least 1")
+            if threads is not None:
+                torch.set_num_threads(threads)
+            if isinstance(model, Decoder):
+                self.model, self._plain_ops = model, model.ops
+            else:
+                loaded = loading.load(model, numerics, kernel, dtype, arithmetic)
+                self.model, self.eos_ids, self._plain_ops = loaded.model, loaded.eos_ids, loaded.plain_ops
+                tokenizer = tokenizer if tokenizer is not None else loaded.tokenizer
+        finally:
+            memory.settle()  # what was reserved and no weight took goes back before the cache is sized, or for good
         config = self.model.config
         self.tokenizer = tokenizer
         self.eos_ids = sorted({*self.eos_ids, *config.eos_token_ids, *(tokenizer.eos_ids if tokenizer is not None else ())})
@@ -106,7 +109,6 @@ class Engine:
         kept = Full() if kv_policy is None else kv_policy
         check_policy(kept, config, drafts=drafting is not None)
         self.pool = PagePool(num_pages)
-        memory.settle()  # huge pages that the weights left over: the cache's first ones
         self.kv = PagedKv(config, num_pages, self.dtype, kept.counts_attention)
         self.scheduler = Scheduler(
             policy if policy is not None else Chunked(), self.pool, num_layers=len(config.layers),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from waypost.core.errors import CapacityError, ConfigError, NumericsError, counted
 from waypost.core.progress import say
+from waypost.keep import image
 from waypost.kernels.choose import select
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.rows import differing_count, trial_input
@@ -117,13 +118,8 @@ def num_pages(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, max_seq
 
 def available_bytes() -> int:
     """Memory that can be taken without swapping, as Linux estimates it; elsewhere half of what is installed."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    known = image.available_bytes()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if known is None else known
 
 
 def prepare_for_serving(model: Decoder) -> Decoder:
