@@ -63,7 +63,9 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(memory, "reserve"), watch(memory, "settle"), watch(loading, "available_bytes")
+    watch(memory, "reserve")
+    watch(memory, "settle")
+    watch(loading, "available_bytes")
     return seen
 
 
