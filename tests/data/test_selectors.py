@@ -23,6 +23,7 @@ def documents(losses: Any, reference: Any, domains: Any = None, tokens: Any = No
     return Documents(
         num_tokens=np.array(tokens if tokens is not None else [10] * count),
         domains=np.array(domains if domains is not None else [0] * count),
+        num_models=len(table.documents),
         losses=lambda: table,
     )
 

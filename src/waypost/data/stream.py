@@ -106,6 +106,12 @@ class DataStream:
         return sum(len(order.documents) for order in self._orders)
 
     @property
+    def kept_documents(self) -> NDArray[np.int64]:
+        """(D,) global ids, ascending, of the documents in an epoch's rows: the split's, less those that its packer drops."""
+        pairs = zip(self.shards.first_document[:-1], self._rows, strict=True)
+        return np.concatenate([first + np.unique(rows.pieces(0, rows.rows_per_epoch).documents) for first, rows in pairs])
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of text behind the tokens of the split."""
         pairs = zip(self.shards.sources, self._orders, strict=True)

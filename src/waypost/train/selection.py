@@ -8,8 +8,9 @@
 Invariants
 - The files under losses/ are named by the checkpoint's weights and the rows it read: a call that was killed, or one that keeps
   another share or asks another selector, computes only what is missing.
-- Held-out documents are written too. They are held out by the hash of their content, so a run on the files, with the same
-  `held_out`, evaluates on the same documents, whatever its tokenizer.
+- Held-out documents are written too, all of them: also those that are too long for a row and dropped there. They are held out
+  by the hash of their content, so a run on the files, with the same `held_out`, evaluates on the same documents, whatever its
+  tokenizer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from waypost.data.reading import read_documents
 from waypost.data.selectors import Documents, Losses, Selector, best
 from waypost.data.shards import prepare as prepare_shards
 from waypost.data.sources import Source, find_files
-from waypost.data.split import HeldOut
+from waypost.data.split import HeldOut, held_out_mask
 from waypost.data.stream import DataStream
 from waypost.data.token_shards import TokenShards
 from waypost.keep.disk import make_parents, replace_file
@@ -51,7 +52,6 @@ from waypost.train.recipe import TrainRecipe
 Floats = NDArray[np.float64]
 GROUP_TOKENS = 8192
 """Tokens that are scored at once."""
-_NOTHING = HeldOut(frac=0.0)
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,15 @@ class Selection:
     held_out: int
     """Documents that stay held out, in the files too."""
     checkpoints: int
+    """Whose losses were read; 0 where the selector asked for none."""
 
     def summary(self) -> str:
         """What was chosen of how much, and the line of a recipe that trains on it."""
         share = self.tokens / self.of_tokens
-        sources = json.dumps(self.sources)
+        sources, by = json.dumps(self.sources), f", by {self.checkpoints} checkpoints" if self.checkpoints else ""
         return (
             f"{self.documents:,} of {self.of_documents:,} documents, {self.tokens:,} of {self.of_tokens:,} tokens "
-            f"({share:.1%}), by {self.checkpoints} checkpoints; {self.held_out:,} held-out documents stay with them\n"
+            f"({share:.1%}){by}; {self.held_out:,} held-out documents stay with them\n"
             f"  train on them: waypost train RECIPE --set 'data.sources={sources}'"
         )
 
@@ -85,55 +86,63 @@ def select(
 ) -> Selection:
     """Writes the best `keep` (a share of each source's tokens) of `recipe`'s training data to `out`.
 
-    Losses are those of all checkpoints that the folder `run` keeps, on documents cut every `data.seq_len` tokens. The
-    reference is the held-out split, source by source, or the texts at `reference`, for all of them. Raises ConfigError for a
-    share outside (0, 1], a run without checkpoints, or without a reference.
+    Losses are those of all checkpoints that the folder `run` keeps, on documents cut every `data.seq_len` tokens (chats as
+    the recipe's packer has it), once the selector asks for them. The reference is the held-out split, source by source, or
+    the texts at `reference`, for all of them. Raises ConfigError for a share outside (0, 1], a run without checkpoints, or
+    losses asked for without a reference.
     """
     if not 0.0 < keep <= 1.0:
         raise ConfigError(f"keep={keep}: a share of the tokens, above 0 and at most 1")
-    store, folder = Store(run), Path(out)
+    store, folder, data = Store(run), Path(out), recipe.data
     steps = store.steps()
     if not steps:
         raise ConfigError(f"{run}: holds no checkpoint; give the folder of a run: waypost select runs/tiny --out ...")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    tokenizer = Tokenizer.from_assets(store.checkpoint(steps[-1]).assets())
-    cache = Path(recipe.data.cache) if recipe.data.cache is not None else Path(run) / "data"
-    shards = prepare_shards(recipe.data.sources, tokenizer, cache, settings=recipe.data.documents)
-    common = {"seq_len": recipe.data.seq_len, "held_out": recipe.data.held_out}
-    pool = DataStream(shards, split="train_once", **common)  # type: ignore[arg-type]
-    held = recipe.data.held_out.frac > 0 or recipe.data.held_out.documents is not None
-    if reference is None and not held:
-        raise ConfigError("data.held_out.frac=0: nothing is held out to refer to; give --reference, texts like those wanted")
-    aside = DataStream(shards, split="held_out", **common) if held else None  # type: ignore[arg-type]
-    if reference is None:
-        assert aside is not None, "asked for above"
-        wanted, rows = shards, aside
-    else:
-        source = Source(path=reference)
-        wanted = prepare_shards([source], tokenizer, cache, settings=recipe.data.documents)
-        rows = DataStream(wanted, split="train_once", seq_len=recipe.data.seq_len, held_out=_NOTHING)
     checkpoints = [store.checkpoint(step) for step in steps]
-    sums = _all_sums(checkpoints, recipe, {"documents": (pool, shards), "reference": (rows, wanted)}, folder / "losses")
-    ids = np.flatnonzero((sums["documents"][:, 1] > 0).all(axis=0))  # a document of one token predicts nothing
-    documents = Documents(
-        num_tokens=np.concatenate([s.lengths for s in shards.sources])[ids],
-        domains=_domains(shards)[ids],
-        losses=lambda: _losses(sums, ids, _domains(wanted), len(shards.sources)),
-    )
+    tokenizer = Tokenizer.from_assets(checkpoints[-1].assets())
+    cache = Path(data.cache) if data.cache is not None else Path(run) / "data"
+    shards = prepare_shards(data.sources, tokenizer, cache, settings=data.documents)
+    pool = DataStream(shards, split="train_once", seq_len=data.seq_len, held_out=data.held_out, packer=data.packer)
+    ids = pool.kept_documents
+    ids = ids[np.concatenate([s.num_targets for s in shards.sources])[ids] > 0]  # a document of one token predicts nothing
+    if not len(ids):
+        raise ConfigError("data: no document has a token to learn from; in chats only what the assistant says counts")
+    read: list[Checkpoint] = []
+
+    def losses() -> Losses:
+        wanted, rows = _reference(recipe, reference, shards, tokenizer, cache)
+        sums = _all_sums(checkpoints, recipe, {"documents": (pool, shards), "reference": (rows, wanted)}, folder / "losses")
+        read[:] = checkpoints
+        return _losses(sums, ids, _domains(wanted), len(shards.sources))
+
+    lengths = np.concatenate([s.lengths for s in shards.sources])[ids]
+    documents = Documents(lengths, _domains(shards)[ids], len(checkpoints), losses)
     scores = selector.score(documents)
     chosen = best(scores, documents, keep)
-    values = {shards.where(int(d)): float(s) for d, s, yes in zip(ids, scores, chosen, strict=True) if yes}
-    kept_aside = set() if aside is None else {shards.where(int(d)) for d in _members(aside)}
-    sources = [_write(folder, n, source, values, kept_aside) for n, source in enumerate(recipe.data.sources)]
+    aside = np.concatenate([held_out_mask(s.hashes, data.held_out, s.source.path) for s in shards.sources])
+    told = _told(shards, dict(zip(ids[chosen].tolist(), scores[chosen].tolist(), strict=True)), np.flatnonzero(aside))
     found = Selection(
-        sources, int(chosen.sum()), len(ids), int(documents.num_tokens[chosen].sum()), int(documents.num_tokens.sum()),
-        len(kept_aside), len(checkpoints),
+        [_write(folder, n, source, told[n]) for n, source in enumerate(data.sources)], int(chosen.sum()), len(ids),
+        int(lengths[chosen].sum()), int(lengths.sum()), int(aside.sum()), len(read),
     )  # fmt: skip
     asked = {"selector": type(selector).__name__, **to_tree(selector), "keep": keep, "reference": reference}
-    made = [{"path": str(c.path), "hash": checkpoint_hash(c)} for c in checkpoints]
+    made = [{"path": str(c.path), "hash": checkpoint_hash(c)} for c in read]
     replace_file(folder / "selection.json", json.dumps({**asked, **vars(found), "made_by": made}, indent=2).encode())
     return found
+
+
+def _reference(
+    recipe: TrainRecipe, path: str | None, shards: TokenShards, tokenizer: Tokenizer, cache: Path
+) -> tuple[TokenShards, DataStream]:
+    """What the reference's documents lie in, and the stream of them: the held-out split of `shards`, or the texts at `path`."""
+    data = recipe.data
+    if path is not None:
+        wanted = prepare_shards([Source(path=path)], tokenizer, cache, settings=data.documents)
+        return wanted, DataStream(wanted, split="train_once", seq_len=data.seq_len, held_out=HeldOut(frac=0.0))
+    if data.held_out.frac == 0 and data.held_out.documents is None:
+        raise ConfigError("data.held_out.frac=0: nothing is held out to refer to; give --reference, texts like those wanted")
+    return shards, DataStream(shards, split="held_out", seq_len=data.seq_len, held_out=data.held_out, packer=data.packer)
 
 
 def _all_sums(
@@ -193,18 +202,24 @@ def _domains(shards: TokenShards) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(shards.sources)), [s.num_documents for s in shards.sources])
 
 
-def _members(stream: DataStream) -> list[int]:
-    return sorted({int(d) for batch in stream.batches(64) for d in batch.token_extras["document"].unique()})
+def _told(shards: TokenShards, scores: Mapping[int, float], held_out: NDArray[np.int64]) -> list[dict[str, dict[str, Any]]]:
+    """Of each source: origin -> what its line tells of a document that stays. Two sources may read one file."""
+    domains, found = _domains(shards), [dict[str, dict[str, Any]]() for _ in shards.sources]
+    says: dict[int, dict[str, Any]] = {d: {"score": score} for d, score in scores.items()}
+    says |= {d: {"held_out": True} for d in held_out.tolist()}
+    for document, line in says.items():
+        found[domains[document]][shards.where(document)] = line
+    return found
 
 
-def _write(folder: Path, number: int, source: Source, scores: Mapping[str, float], held_out: set[str]) -> dict[str, Any]:
+def _write(folder: Path, number: int, source: Source, told: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The source's chosen and held-out documents as JSON lines: what the new source is, for a recipe."""
     stem = source.path.rstrip("/").rsplit("/", 1)[-1].replace("builtin:", "").split(".")[0].replace("*", "") or "source"
     path = folder / f"{number}-{stem}.jsonl"
     make_parents(path)
     fresh = path.with_name(f"{path.name}.tmp")
     with fresh.open("w", encoding="utf-8") as stream:
-        stream.writelines(_lines(source, scores, held_out))
+        stream.writelines(_lines(source, told))
     fresh.replace(path)
     tree: dict[str, Any] = {"path": str(path)}
     if source.messages_field is not None:
@@ -212,12 +227,10 @@ def _write(folder: Path, number: int, source: Source, scores: Mapping[str, float
     return tree if source.weight is None else {**tree, "weight": source.weight}
 
 
-def _lines(source: Source, scores: Mapping[str, float], held_out: set[str]) -> Iterator[str]:
+def _lines(source: Source, told: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for file in find_files(source):
         for document in read_documents(file, source):
             origin = f"{file.path}:{document.number}"
-            if origin not in scores and origin not in held_out:
-                continue
-            content = {"text": document.text} if document.messages is None else {"messages": document.messages}
-            told: dict[str, Any] = {"held_out": True} if origin in held_out else {"score": scores[origin]}
-            yield json.dumps({**content, "origin": origin, **told}, ensure_ascii=False) + "\n"
+            if origin in told:
+                content = {"text": document.text} if document.messages is None else {"messages": document.messages}
+                yield json.dumps({**content, "origin": origin, **told[origin]}, ensure_ascii=False) + "\n"

@@ -30,15 +30,18 @@ class Documents:
     """(M,) tokens of each."""
     domains: NDArray[np.int64]
     """(M,) the domain of each, 0 to D - 1: its source."""
+    num_models: int
+    """T of the losses, known before any is computed."""
     losses: Callable[[], Losses]
-    """Computed when it is called, by models that a selector knows nothing of."""
+    """Computed when it is called, by models that a selector knows nothing of, and dear: M documents through T models."""
 
 
 class Selector(Protocol):
     """Says what each document is worth; who calls it keeps the best of every domain, to a number of tokens.
 
     Changes nothing that it is given, keeps no state, draws nothing. Scores compare within a domain alone.
-    Invariants: one finite number a document; documents in another order get the same scores.
+    Invariants: one finite number a document; documents in another order get the same scores; a selector that needs other
+    models than `num_models` says so (ConfigError) before it asks for their losses.
     """
 
     def score(self, documents: Documents) -> NDArray[np.float64]: ...

@@ -44,12 +44,12 @@ class Cld:
             raise ConfigError(f"Cld.skip={self.skip}: a number of checkpoints, at least 0")
 
     def score(self, documents: Documents) -> Floats:
-        losses = documents.losses()
-        count = len(losses.documents) - self.skip
+        count = documents.num_models - self.skip
         if count < 3:
             raise ConfigError(
-                f"cld: {len(losses.documents)} checkpoint(s) less skip={self.skip} leave {max(0, count)}; a correlation of "
+                f"cld: {documents.num_models} checkpoint(s) less skip={self.skip} leave {max(0, count)}; a correlation of "
                 "differences needs 3, and says little below 10: save more often (save.every_steps, save.keep_last)"
             )
+        losses = documents.losses()
         moved, reference = (np.diff(part[self.skip :], axis=0) for part in (losses.documents, losses.reference))
         return correlations(moved, reference[:, documents.domains])

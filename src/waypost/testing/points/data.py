@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from waypost.core.errors import ConfigError
 from waypost.data.order import Order
 from waypost.data.packers import PACKERS, PackedRows
 from waypost.data.selectors import SELECTORS, Documents, Losses, best
@@ -65,7 +68,7 @@ class Packers(Stateless):
 
 
 class Selectors(Stateless):
-    """One finite number a document, the same in any order; a share of one keeps all."""
+    """One finite number a document, the same in any order; a share of one keeps all; too few models are refused unasked."""
 
     table = SELECTORS
     sizes: tuple[Size, ...] = ("some", "one")
@@ -92,7 +95,13 @@ class Selectors(Stateless):
         again = technique.score(self._documents(turned))[::-1]
         assert np.allclose(again, result, rtol=1e-12), "documents in another order have other scores"
         assert best(result, documents, 1.0).all(), "a share of one leaves documents out"
+        with suppress(ConfigError):
+            technique.score(replace(documents, num_models=0, losses=_never))
 
     def _documents(self, inputs: Any) -> Documents:
         losses = Losses(inputs["documents"], inputs["reference"])
-        return Documents(inputs["num_tokens"], inputs["domains"], lambda: losses)
+        return Documents(inputs["num_tokens"], inputs["domains"], len(losses.documents), lambda: losses)
+
+
+def _never() -> Losses:
+    raise AssertionError("losses of no models are asked for: refuse their number first")
