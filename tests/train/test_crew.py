@@ -12,18 +12,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from test_keeping import KEEP, WORKER, common, gone, no_keeper_left
 from train_cases import same_state
 
 from waypost.core.errors import ConfigError
+from waypost.keep.keeper import Keeper
+from waypost.keep.reader import Checkpoint
+from waypost.keep.snapshot import Snapshots
 from waypost.keep.store import Store
 from waypost.keep.wire import alive, read_record
+from waypost.train import keeping
+from waypost.train.across import Across
 from waypost.train.crew import Crew
 from waypost.train.keep_recipe import KeepRecipe, PeersRecipe
+from waypost.train.parallel import World
+from waypost.train.recipe import resolve
 from waypost.train.run import train
+
+if TYPE_CHECKING:
+    from waypost.keep.machines import Found
+    from waypost.train.crew import Share
 
 __all__ = ["common", "no_keeper_left"]  # fixtures
 pytest.importorskip("zfec")
@@ -141,6 +152,58 @@ def test_one_machine_goes_on_with_what_several_held(common: dict[str, Any], tmp_
     train(several(common, keep={}), run)
     assert Store(run).steps() == [4, 6]
     assert not any(alive(run / "keepers" / host) for host in HOSTS)
+
+
+@pytest.mark.faults
+def test_a_run_that_is_over_by_its_new_recipe_is_on_disk_before_the_keepers_end(common: dict[str, Any], tmp_path: Path) -> None:
+    run = killed(tmp_path, several(common))
+    again = machines(tmp_path, several(common, steps=4), "never", 0)
+    assert again.codes == [0] * 2, again.said
+    assert "complete already" in again.said
+    assert Store(run).steps() == [4]
+    assert not any(alive(run / "keepers" / host) for host in HOSTS)
+
+
+def test_nothing_is_left_to_train_and_what_the_machines_held_is_on_disk_before_they_end(
+    common: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same machines too, which have no disk of their own; and none is started for that."""
+    folder, elsewhere, ended = tmp_path / "run", tmp_path / "elsewhere", []
+    tree = {**common, "steps": 2, "keep": {}}
+    train(tree, folder)
+    (folder / "step-00000002").rename(elsewhere)  # stands for what the machines hold
+    (folder / "latest").unlink()
+
+    def newest(self: Across, store: Store) -> Any:
+        self.found, self.metrics = cast("Found", object()), {"loss": 3.5}
+        return Checkpoint(elsewhere)
+
+    def connect(self: Across, entries: Any) -> None:
+        self.share = cast("Share", SimpleNamespace(kept=True, agreed={"addresses": []}))
+
+    monkeypatch.setattr(Across, "newest", newest)
+    monkeypatch.setattr(Across, "connect", connect)
+    monkeypatch.setattr(keeping, "end_across", lambda folder: ended.append(Store(folder).steps()))
+    assert train(tree, folder).complete
+    assert ended == [[2]]
+    same_state(folder / "step-00000002", elsewhere)
+    written = Checkpoint(folder / "step-00000002").manifest
+    assert written is not None
+    assert written.metrics == {"loss": 3.5}
+
+
+def test_keepers_stay_while_a_run_trains_on_without_snapshots(common: dict[str, Any], tmp_path: Path) -> None:
+    """They would end after keep.idle_minutes without a trainer, with the last step that all machines hold."""
+    kept = keeping.Keeping(resolve({**common, "keep": {}}), tmp_path, Store(tmp_path), World())
+    kept.across.in_step = lambda keeper: False  # type: ignore[method-assign]  # and `share` is None: one cannot go on
+    Keeper.start(tmp_path, 60.0).close()
+    kept.keeper = Keeper(tmp_path)
+    kept.snapshots = Snapshots(kept.keeper)
+    assert not kept._take_in_step({})
+    assert kept.snapshots is None
+    assert kept.keeper is not None
+    assert kept.keeper.call("status")["alone"] is None
+    kept.close()
 
 
 @pytest.mark.parametrize(

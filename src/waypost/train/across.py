@@ -103,7 +103,7 @@ class Across:
             self.share = None
             if self.world.rank == 0:
                 say(f"{causes[0]}. Training goes on, and no more snapshots are taken in memory: the last one that all machines "
-                    "hold stays. The next start of the run brings new keepers up")  # fmt: skip
+                    "hold stays while this run trains. The next start of the run brings new keepers up")  # fmt: skip
         return not causes and all(ready for ready, _ in everyone)
 
 

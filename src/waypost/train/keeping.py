@@ -90,6 +90,10 @@ class Keeping:
     def start(self, trainer: Trainer, materials: Materials, lineage: Lineage) -> None:
         """Before the first step: with keep.memory, finds or starts the keeper and hooks into the trainer."""
         self._attach(trainer, materials, lineage)
+        self.keeper = self.across.connect(trainer.entries()) or self.keeper
+        if self.across.unsafe:  # it came from keepers of several machines who give it up now
+            self._write(self.across.metrics, remote=False)
+        self.across.safe()
         keep, save = self.recipe.keep, self.recipe.save
         if keep.memory == "off":
             return
@@ -110,13 +114,9 @@ class Keeping:
             introduce(keep, keeper)
 
     def _attach(self, trainer: Trainer, materials: Materials, lineage: Lineage) -> None:
-        """What is kept; if it came from keepers of several machines who give it up, it goes to disk first."""
+        """What is kept."""
         self.trainer, self.materials, self.lineage = trainer, materials, lineage
         self.config = hf.config_to_hf(materials.config, self.recipe.precision.dtype)
-        self.keeper = self.across.connect(trainer.entries()) or self.keeper
-        if self.across.unsafe:
-            self._write(self.across.metrics, remote=False)
-        self.across.safe()
 
     def _connect(self) -> None:
         self.keeper = Keeper(self.across.home, self.world.rank)
@@ -128,12 +128,11 @@ class Keeping:
 
     def after_step(self, line: Mapping[str, Any], due: bool) -> None:
         """After each step but the last; `due`: this step goes to disk. Raises what failed in the background before."""
-        step = self.trainer.position.step
         self.cadence.step()
         if self.recipe.save.every_steps == "auto":
             due = self.world.first(self.folder, lambda: self.cadence.saves(self._costs()))
         remote = due and self.cadence.sends(self._costs())
-        if self.recipe.keep.memory == "on" and (due or step % self.recipe.keep.every_steps == 0):
+        if self.recipe.keep.memory == "on" and (due or self.trainer.position.step % self.recipe.keep.every_steps == 0):
             kept = self._take(line, due, remote) if self.across.crew is None else self._take_in_step(line)
             if not due or all(self.world.gather(kept)):
                 return
@@ -145,7 +144,7 @@ class Keeping:
         if self.across.in_step(self.keeper):
             self._take(line, due=False, remote=False)
         elif self.across.share is None:
-            self.close()
+            self.snapshots = None  # the keeper stays: without a trainer it would end, with the last step that all hold
         return False
 
     def _costs(self) -> dict[str, float]:
@@ -179,8 +178,9 @@ class Keeping:
         """Without a step to take: what an earlier trainer left with its keeper goes to disk, the keeper ends, and the
         newest step goes to the remote level if it is not there."""
         self.close()
-        if self.across.found is not None:
-            self._attach(trainer, materials, lineage)
+        self._attach(trainer, materials, lineage)
+        if self.across.found is not None:  # keepers of several machines have no disk, the same ones neither
+            self._write(self.across.metrics, remote=False)
         self.world.first(self.folder, lambda: end_keeper(self.folder))
         self.world.first(self.folder, lambda: end_across(self.folder))
         self.world.first(self.folder, self._arrived)
