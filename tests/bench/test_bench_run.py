@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from waypost.bench import CLAIMS, roofline, run
 from waypost.bench.figure import Figure, Panel
 from waypost.bench.receipt import Options, Receipt, append, latest, series
-from waypost.bench.table import claims_table, markdown, receipt_table
+from waypost.bench.table import claims_table, comparison, markdown, promised, receipt_table, roofline_shares
 from waypost.core.config import technique
 from waypost.core.errors import ConfigError
 from waypost.measure.flops import decode_flops, forward_flops
@@ -103,16 +105,62 @@ def test_a_promise_may_be_a_ratio_or_a_bound_or_both() -> None:
 
 def test_a_reader_sees_ceiling_versions_and_misses(tmp_path: Path) -> None:
     text = receipt_table(RECEIPT)
-    assert "memory: 5 MB at 0.0 GB/s); ours is 1050% of it" in text
+    assert "memory: 5 MB at 0.0 GB/s); ours is above it, so that this peak was measured too low" in text
     assert "llama.cpp 7" in text
-    assert "(promised 2: kept)" in text
+    assert "  2.10  (2.00 to 2.20)  (promised 2: kept)" in text
+    assert "but:" not in text
+    assert "\n  but: a hair\n" in receipt_table(replace(RECEIPT, caveat="a hair"))
     append(tmp_path, replace(RECEIPT, floor=3.0))
     table = markdown(latest(tmp_path))
-    assert "| llama.cpp 7: 10 tokens/s +-0% | **2.10** | 3, missed | 1050% (memory) |" in table
+    assert "| llama.cpp 7: 10 tokens/s +-0% | **2.10** (2.00 to 2.20) | 3, missed | - | - |" in table
     assert "3, missed" in claims_table({"a.claim": ""}, latest(tmp_path))
     assert "Measured on" not in table, "nothing is said of a machine that is not known"
     append(tmp_path, replace(RECEIPT, machine={"cpu": "it", "threads": 2, "cores": 4, "torch": "2"}))
     assert "Measured on it, 2 threads of 4 cores, torch 2." in markdown(latest(tmp_path))
+
+
+def test_the_ceiling_is_the_best_that_any_row_measured(tmp_path: Path) -> None:
+    facts = {"cpu": "it", "threads": 2, "cores": 4, "torch": "2"}
+    top = roofline.roofline(10, 8e9, 5e6, MACHINE)  # 2 tokens/s by memory, 5 by arithmetic
+    quick = roofline.roofline(10, 8e9, 5e6, replace(MACHINE, memory_bytes=1e7))  # a quieter minute: 5 by arithmetic
+    slow = replace(RECEIPT, ours=series("it", "tokens/s", [1.0]), baseline=series("x", "tokens/s", [1.0]), machine=facts)
+    for name, ceiling, machine in (("a", top, facts), ("b", quick, facts), ("c", top, {**facts, "cpu": "other"})):
+        append(tmp_path, replace(slow, claim=name, roofline=ceiling, machine=machine))
+    assert roofline_shares(latest(tmp_path)) == {"a": "20% (arithmetic)", "b": "20% (arithmetic)", "c": "50% (memory)"}
+    append(tmp_path, replace(slow, claim="d", roofline=top, ours=series("it", "tokens/s", [6.0])))
+    append(tmp_path, replace(slow, claim="e", roofline=None))
+    assert {name: share for name, share in roofline_shares(latest(tmp_path)).items() if share == "-"} == {"d": "-", "e": "-"}
+
+
+def test_a_promise_that_the_rounds_disagree_on_is_within_noise(tmp_path: Path) -> None:
+    def said(**changes: Any) -> str:
+        return promised(json.loads(replace(RECEIPT, **changes).line()))
+
+    assert said(floor=1.9) == "1.9, kept"
+    assert said(floor=2.05) == "2.05, kept within noise"
+    assert said(floor=2.15) == "2.15, missed within noise"
+    assert said(floor=2.15, over="lengths") == "2.15, missed", "lengths are not the same thing measured again"
+    assert said(floor=None, limit=21.0) == "at least 21 tokens/s, kept within noise"
+    assert said(floor=None, limit=19.0) == "at least 19 tokens/s, kept"
+    assert said(floor=None) == "-"
+
+
+@pytest.mark.parametrize("table", [comparison, markdown])
+def test_a_missed_promise_and_a_caveat_stand_in_either_table(table: Callable[..., str], tmp_path: Path) -> None:
+    receipt = replace(RECEIPT, floor=3.0, caveat="it was raining", command=f"{RECEIPT.command} -n 3 --threads 1",
+                      machine={"cpu": "it", "threads": 1, "cores": 4, "torch": "2"})  # fmt: skip
+    append(tmp_path, receipt)
+    (row,) = (line for line in table(latest(tmp_path)).splitlines() if line.startswith("| `a.claim`"))
+    assert "| 3, missed |" in row
+    assert "one against two. *But: it was raining.* |" in row
+    assert row.endswith("| `-n 3 --threads 1` |")
+
+
+def test_what_is_no_repetition_has_a_range_and_no_spread(tmp_path: Path) -> None:
+    append(tmp_path, replace(RECEIPT, over="lengths"))
+    text = comparison(latest(tmp_path))
+    assert "waypost: 21 tokens/s (20 to 22 over 3 lengths); llama.cpp: 10 tokens/s (10 to 10 over 3 lengths)" in text
+    assert "| better in 3 of 3 lengths |" in text
 
 
 def test_old_receipts_are_still_read(tmp_path: Path) -> None:
@@ -120,7 +168,7 @@ def test_old_receipts_are_still_read(tmp_path: Path) -> None:
     for name in ("kept", "promised", "roofline", "versions", "limit"):
         del tree[name]
     (tmp_path / "a.claim.jsonl").write_text(json.dumps(tree) + "\n")
-    assert "| **2.10** | 2 | - |" in markdown(latest(tmp_path))
+    assert "| **2.10** (2.00 to 2.20) | 2, kept | - | - |" in markdown(latest(tmp_path))
 
 
 def test_the_lower_ceiling_binds() -> None:
@@ -134,7 +182,7 @@ def test_ceilings_count_weights_cache_and_the_head_once(tmp_path: Path) -> None:
     model = str(tiny_checkpoint(tmp_path / "tiny"))
     config = config_from_hf(json.loads((tmp_path / "tiny" / "config.json").read_text()))
     one, four = (roofline.decode(model, streams, 10, MACHINE) for streams in (1, 4))
-    cached = sum(2 * 2 * layer.mixer.num_key_value_heads * layer.mixer.head_dim for layer in config.layers)  # type: ignore[attr-defined]
+    cached = sum(2 * 2 * layer.mixer.num_key_value_heads * layer.mixer.head_dim for layer in config.layers)
     assert four.moved_bytes - one.moved_bytes == 3 * 10 * cached
     assert four.flops == 4 * one.flops == 4 * decode_flops(config, 10)
     assert one.moved_bytes - 10 * cached == roofline.weight_bytes(model)

@@ -18,7 +18,7 @@ from waypost.bench.catalogue import (
     unlisted,
     with_receipts,
 )
-from waypost.bench.receipt import Receipt, append, series
+from waypost.bench.receipt import Receipt, append, latest, series
 from waypost.core.errors import ConfigError
 
 HEADER = '''"""{what}
@@ -80,7 +80,8 @@ def test_receipts_go_between_the_markers(tmp_path: Path) -> None:
     ours, base = series("saw", "cuts/s", [30.0, 33.0]), series("knife", "cuts/s", [10.0, 11.0])
     append(tmp_path, Receipt("cut", "a saw against a knife", ours=ours, baseline=base, floor=2.0, **facts))  # type: ignore[arg-type]
     lines = receipt_lines(tmp_path).splitlines()
-    assert "| `cut` | a saw against a knife | 31.5 cuts/s +-5% | knife: 10.5 cuts/s +-5% | **3.00** | 2 | - |" in lines
+    row = "31.5 cuts/s +-5% | knife: 10.5 cuts/s +-5% | **3.00** (3.00 to 3.00) | 2, kept | - | - |"
+    assert f"| `cut` | a saw against a knife | {row}" in lines
     readme = f"# A\n{BEGIN}\nold\n{END}\nB\n"
     new = with_receipts(readme, tmp_path)
     assert new == f"# A\n{BEGIN}\n" + "\n".join(lines) + f"\n{END}\nB\n"
@@ -105,8 +106,8 @@ def test_what_was_tried_stands_under_its_table(package: Path, tmp_path: Path, mo
     )
     head, _, tail = catalogue(scan(package), tmp_path, package).partition("## Claims about the whole")
     assert (
-        "| `tools.saw` | a saw | saw: 3 s +-50%; axe: 2 s +-0%; ratio **0.667** | worse in 2 of 3 | teeth_n 9 |"
-        in head.splitlines()
+        "| `tools.saw` | a saw | saw: 3 s +-50%; axe: 2 s +-0%; ratio **0.667** (0.500 to 2.00) | - | worse in 2 of 3 "
+        "| teeth_n 9 | - |" in head.splitlines()
     )
     assert "tools.saw" not in tail
 
@@ -115,3 +116,12 @@ def test_every_technique_that_was_tried_is_one() -> None:
     rows = {row.path.relative_to(PACKAGE).with_suffix("").as_posix() for point in scan() for row in point.rows}
     assert set(TRIED) <= set(CLAIMS)
     assert set(TRIED.values()) <= rows
+
+
+def test_every_promise_that_was_missed_is_printed_as_missed() -> None:
+    root = PACKAGE.parent.parent
+    known = latest(root / "benchmarks" / "receipts")
+    missed = {claim for claim, receipt in known.items() if receipt.get("kept") is False}
+    assert missed, "a house in which every promise is kept has promised too little"
+    lines = catalogue(scan(), root / "benchmarks" / "receipts").splitlines()
+    assert {claim for claim in missed for line in lines if line.startswith(f"| `{claim}` |") and ", missed" in line} == missed

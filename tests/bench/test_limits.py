@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from waypost.measure.flops import decode_flops, forward_flops
 from waypost.serve.engine import Engine
 from waypost.testing.tiny import tiny_checkpoint
 
+ROOT = Path(__file__).parents[2]
 FACTS = {"cpu": "it", "threads": 2, "cores": 4, "torch": "0", "model": "tiny", "when": "today", "commit": "abc"}
 PEAKS = Peaks(flops=1e9, read_bytes=1e6)
 
@@ -52,19 +55,44 @@ def test_operators_one_by_one_cannot_be_told_apart(checkpoint: Path) -> None:
 
 def test_the_page_says_what_a_promise_would_need() -> None:
     parts = [Part("products", 0.020, flops=1e7, moved_bytes=100.0), Part("attention", 0.010, 1e6, 5e3), Part("rest", 0.010)]
-    profile = Profile(Work("16 streams", ("near", "far", "never"), 64, 16), parts, PEAKS)
+    profile = Profile(Work("16 streams", ("near", "edge", "far", "never"), 64, 16), parts, PEAKS)
     assert profile.seconds == pytest.approx(0.040)
     assert profile.least_s == pytest.approx(0.010 + 0.005), "products by operations, attention by bytes"
     receipts = {
-        name: {"baseline": {"median": median}, "floor": 2.0, "ratio": 1.5} for name, median in (("near", 400.0), ("far", 800.0))
-    }
+        name: {"baseline": {"median": median}, "floor": 2.0, "ratio": 1.5, "when": "then", "commit": f"of-{name}",
+               "roofline": {"peak_flops": peak}, "machine": {**FACTS, "cpu": cpu}}
+        for name, median, peak, cpu in (("near", 400.0, 1e9, "it"), ("edge", 560.0, 1.25e9, "it"), ("far", 800.0, 9e9, "other"))
+    }  # fmt: skip
     text = page([profile], receipts, FACTS)
     assert "## 16 streams: 40.00 ms, 400 tokens/s" in text
     assert "| products | 20.00 | 50% | 0.01 G | 0 GFLOP/s | 0 MB | 0.0 GB/s | 10.00 |" in text
     assert "| rest | 10.00 | 25% |  |  |  |  |  |" in text
-    assert "`near` promises 2 times 400 tokens/s, which is a step of 20.00 ms; measured was 1.50." in text
+    assert "`near` promises 2 times 400 tokens/s, which is a step of 20.00 ms; measured was 1.50 (receipt of then, " in text
     assert "which leaves 5.00 ms" in text
     assert "takes 75% of our step" in text
     assert "`far` promises 2 times 800 tokens/s, which is a step of 10.00 ms" in text
-    assert text.count("out of reach in bfloat16") == 1
+    assert (
+        "a step of 14.29 ms; measured was 1.50 (receipt of then, commit of-edge). The operations and bytes alone take" in text
+    )
+    slack = (
+        "15.00 ms at these peaks, and 13.00 ms at the best that were measured on this machine (1 GFLOP/s, 0.0 GB/s), so it is"
+    )
+    assert text.count(f"{slack} at the limit, within the spread of the measured peaks.") == 1
+    assert text.count(f"{slack} out of reach in bfloat16 on this machine.") == 1
     assert "`never`" not in text
+
+
+def test_what_the_page_quotes_of_a_receipt_was_measured() -> None:
+    """Not that it is the newest: the page is measured when the machine is quiet, and says of which receipts it speaks."""
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    quoted = re.findall(
+        r"`([\w.]+)` promises ([\d.]+) times .*? measured was ([\d.]+) \(receipt of ([\d-]+), commit (\w+\+?)\)", text
+    )
+    assert len(quoted) == text.count("` promises ") > 0
+    for claim, floor, ratio, when, commit in quoted:
+        lines = (ROOT / "benchmarks" / "receipts" / f"{claim}.jsonl").read_text(encoding="utf-8").splitlines()
+        known = [
+            (f"{receipt['floor']:g}", f"{receipt['ratio']:.2f}", receipt["when"], receipt["commit"])
+            for receipt in map(json.loads, lines)
+        ]
+        assert (floor, ratio, when, commit) in known, claim

@@ -148,7 +148,8 @@ def catalogue(points: list[Point], receipts: Path, package: Path = PACKAGE) -> s
         "Every technique and every measured claim, written from the sources by `python -m waypost.bench.catalogue`. *Exact*",
         "says when a technique is the plain thing, or what holds of it to the bit. Under a table stands what was measured",
         "of its techniques, each against its own baseline: median, +- half the range over it, the median of the rounds' ratios",
-        "(above 1 is better), and what was measured beside it, in the units that the names end with.",
+        "with the least and the most of them (above 1 is better), what was promised of the ratio, what was measured beside it,",
+        "in the units that the names end with, and what to give `waypost bench CLAIM` to measure it again.",
         "",
     ]
     known = latest(receipts)

@@ -92,11 +92,6 @@ class Receipt:
         return statistics.median(a / b if self.higher_is_better else b / a for a, b in pairs)
 
     @property
-    def of_roofline(self) -> float | None:
-        """Our median as a share of what the machine would allow."""
-        return None if self.roofline is None else self.ours.median / self.roofline.rate
-
-    @property
     def kept(self) -> bool | None:
         """Whether what was promised was reached; None where nothing was promised."""
         if self.floor is None and self.limit is None:

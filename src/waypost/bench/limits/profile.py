@@ -93,7 +93,11 @@ class Profile:
 
     @property
     def least_s(self) -> float:
-        return sum(part.least_s(self.peaks) for part in self.parts)
+        return self.least_at(self.peaks)
+
+    def least_at(self, peaks: Peaks) -> float:
+        """Seconds that its operations and bytes take at other peaks."""
+        return sum(part.least_s(peaks) for part in self.parts)
 
 
 def measure(engine: Engine, work: Work, rounds: int) -> Profile:
