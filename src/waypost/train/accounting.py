@@ -9,6 +9,7 @@ from typing import Any
 
 from waypost.measure.flops import training_flops
 from waypost.model.config import ModelConfig
+from waypost.train.reweighing import UNWEIGHTED
 from waypost.train.trainer import Position, StepReport
 
 
@@ -16,7 +17,8 @@ def step_line(report: StepReport, at: Position, config: ModelConfig, peak_flops:
     """A line of metrics.jsonl. `peak_flops` is what all ranks together could do at most, measured."""
     mean_length = 2 * report.attended / report.tokens - 1  # of sequences that attend to as many keys
     flops = report.tokens * training_flops(config, max(1, round(mean_length))) / report.seconds
-    bits = {"bits_per_byte": report.loss * report.weight / math.log(2) / report.bytes} if report.bytes else {}
+    nats = report.extra.get(UNWEIGHTED, report.loss) * report.weight  # a text's bytes are there once, however it is weighed
+    bits = {"bits_per_byte": nats / math.log(2) / report.bytes} if report.bytes else {}
     return {
         "step": at.step,
         "tokens": at.tokens,

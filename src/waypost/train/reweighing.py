@@ -20,6 +20,9 @@ from waypost.train.objectives import Objective
 from waypost.train.parallel import Share, World
 from waypost.train.reweighting import Reweighting
 
+UNWEIGHTED = "unweighted_loss"
+"""What a step's loss would be without factors, nats: the loss of its text."""
+
 
 class Reweigher:
     """Called by every rank in each step; does nothing where there is no reweighting, or none yet."""
@@ -42,7 +45,7 @@ class Reweigher:
         found = [multiplied(batch, factors[at], sums) for batch, at, (_, sums) in zip(batches, places, mine, strict=True)]
         total = weights.sum()
         return found, {
-            "unweighted_loss": float((losses * weights).sum() / total),
+            UNWEIGHTED: float((losses * weights).sum() / total),
             "effective_tokens_frac": float(total / (factors.square() * weights).sum()),
         }
 

@@ -63,7 +63,7 @@ class StepReport:
     tokens: int
     """Tokens that went through the model."""
     bytes: float
-    """Bytes of text that the learned tokens stand for; 0 where unknown."""
+    """Bytes of text that the learned tokens stand for; 0 where unknown, or where not all of them are text."""
     attended: float
     """Keys that the tokens attended to, all together; for the count of operations."""
     seconds: float

@@ -34,7 +34,8 @@ class Objectives(Stateless):
     def inputs(self, size: Size) -> Any:
         batch = token_batch(*BATCHES[size])
         rows = torch.repeat_interleave(7 + torch.arange(batch.num_sequences), batch.starts.diff().long())
-        return {"model": model(), "batch": replace(batch, token_extras={"row": rows})}
+        extras = {"row": rows, "bytes": torch.full((batch.num_tokens,), 3.0, dtype=torch.float64)}
+        return {"model": model(), "batch": replace(batch, token_extras=extras)}
 
     def run(self, technique: Any, inputs: Any) -> Any:
         decoder = inputs["model"]
@@ -47,6 +48,8 @@ class Objectives(Stateless):
     def check(self, technique: Any, inputs: Any, result: Any) -> None:
         batch = result["batch"]
         assert batch.check().weights is not None, "a prepared batch carries weights: the trainer divides by their sum"
+        told = batch.token_extras.get("bytes", 1.0 * (batch.weights > 0))
+        assert bool(((told > 0) == (batch.weights > 0)).all()), "rows count that stand for no bytes, or the reverse"
         assert result["loss"].shape == ()
         assert result["loss"].dtype == torch.float32
         assert not any(value.requires_grad for value in result["sums"].values()), "sums to report are detached"

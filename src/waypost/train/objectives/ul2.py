@@ -121,10 +121,9 @@ class Ul2:
         counted = (torch.arange(len(at)) >= given) & (predictor >= 0)
         weights = torch.where(counted, batch.weights[start:stop][predictor.clamp(min=0)], 0.0)
         near = start + at[last][:-1].clamp(0, stop - start - 1)
-        extras = {name: extra[near] for name, extra in batch.token_extras.items()}
-        if "bytes" in extras:  # of the token that a row predicts; none where that is a sentinel
-            of_target = batch.token_extras["bytes"][start:stop][predictor.clamp(min=0)]
-            extras["bytes"] = torch.where(counted & (at > 0), of_target, 0.0)[1:]
+        extras = {name: extra[near] for name, extra in batch.token_extras.items() if name != "bytes"}
+        if "bytes" in batch.token_extras and all(d.span is None for d in self.denoisers):  # a sentinel counts and has none
+            extras["bytes"] = torch.where(counted, batch.token_extras["bytes"][start:stop][predictor.clamp(min=0)], 0.0)[1:]
         own = {"tokens": tokens[:-1], "targets": tokens[1:], "weights": weights[1:]}
         return {**own, "positions": torch.arange(len(at) - 1), **extras}
 
@@ -137,11 +136,12 @@ class Ul2:
         return Causal().losses(model, batch)
 
     def _check(self, model: Decoder, batch: Batch) -> None:
-        most, longest, config = int(batch.targets.max()), int(batch.positions.max()) + 1, model.config  # type: ignore[union-attr]
+        read, config = (batch.tokens, batch.targets), model.config
+        most, longest = max(int(ids.max()) for ids in read if ids is not None), int(batch.positions.max()) + 1
         if most >= config.vocab_size:
             raise ConfigError(
                 f"objective ul2: a sequence takes ids up to {most}, the model has a vocabulary of {config.vocab_size}; give "
-                f"the model a larger vocab_size, or use longer spans, shorter rows or a smaller first_special"
+                "the model a larger vocab_size, or use longer spans, shorter rows or a smaller first_special"
             )
         if longest > config.max_position_embeddings:
             raise ConfigError(
