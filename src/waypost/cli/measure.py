@@ -22,7 +22,14 @@ def command(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Only this many tokens from the beginning of the text.")] = 8192,
-    seq_tokens: Annotated[int, typer.Option(min=2, help="Length of the pieces it is cut into; each is scored alone.")] = 512,
+    seq_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Length of the pieces it is cut into; each is scored alone.",
+            show_default="512, or the model's context where that is shorter",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on a text: perplexity, the distance from another model, information capacity.
@@ -38,13 +45,17 @@ def command(
     from waypost.core.progress import track
     from waypost.keep.reader import Checkpoint
     from waypost.measure.metrics import METRICS
-    from waypost.model.linear.quantized import load
+    from waypost.model.linear.quantized import architecture, load
     from waypost.transform.recipe import HeldOut
     from waypost.transform.run import held_out_batches
 
     asked = {name: technique_of(name, "metric", METRICS) for name in metric or ["perplexity"]}
-    taken = {"path": str(text), "max_tokens": max_tokens, "seq_tokens": seq_tokens}
-    batches = held_out_batches(Checkpoint(model), build(HeldOut, taken))
+    checkpoint = Checkpoint(model)
+    if seq_tokens is None:
+        seq_tokens = min(512, max_tokens, architecture(checkpoint.config).max_position_embeddings)
+    batches = held_out_batches(
+        checkpoint, build(HeldOut, {"path": str(text), "max_tokens": max_tokens, "seq_tokens": seq_tokens})
+    )
     loaded = load(model)
     found = {name: technique.measure(loaded, track(batches, name, unit="batches")) for name, technique in asked.items()}
     tokens = sum(batch.num_tokens for batch in batches)

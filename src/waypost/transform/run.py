@@ -292,12 +292,16 @@ def _members(plan: Plan) -> str:
 
 
 def held_out_batches(checkpoint: Checkpoint, held_out: HeldOut) -> list[Any]:
-    """The beginning of the held-out text in pieces of `seq_tokens`, a few to a batch, with the bytes of their targets."""
+    """The beginning of the held-out text in pieces of `seq_tokens`, a few to a batch, with the bytes of their targets.
+
+    ConfigError where there is no text, or a piece is longer than the model's context: beyond it a loss says nothing.
+    """
     import torch
 
     from waypost.core.batch import Batch
     from waypost.data.reading import read_documents
     from waypost.data.sources import Source, find_files
+    from waypost.model.linear.quantized import architecture
     from waypost.model.tokenizer import Tokenizer
 
     source = Source(path=str(held_out.path))
@@ -313,6 +317,12 @@ def held_out_batches(checkpoint: Checkpoint, held_out: HeldOut) -> list[Any]:
             break
     if not pieces:
         raise ConfigError(f"held_out.path: {held_out.path} holds no text to measure a loss on")
+    longest, context = max(map(len, pieces)), architecture(checkpoint.config).max_position_embeddings
+    if longest > context:
+        raise ConfigError(
+            f"seq_tokens={held_out.seq_tokens}: cuts {held_out.path} into pieces of up to {longest} tokens, and the context of "
+            f"{checkpoint.path} is {context}; give seq_tokens of at most {context}"
+        )
     sizes = {token: float(len(tokenizer.token_bytes(token))) for piece in pieces for token in piece}
     batches = []
     for group in (pieces[at : at + 4] for at in range(0, len(pieces), 4)):
