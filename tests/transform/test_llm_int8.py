@@ -174,6 +174,44 @@ def test_schemes_in_one_folder_and_those_of_others() -> None:
         from_config({KEY: foreign})
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("waypost.outlier_thresholds", {"group_0": 6.0, "group_7": 5.0}, r"group_7: belongs to no config group .*\(group_0\)"),
+        ("waypost.outlier_thresholds", {"group_1": 5.0}, "group_1: belongs to no config group"),  # whose rows are not rounded
+        ("waypost.outlier_tresholds", {"group_0": 6.0}, "outlier_tresholds: belongs to no"),
+        ("waypost.outlier_thresholds", {"group_0": "6.0"}, "outlier threshold is '6.0', and must be a number"),
+        ("waypost.outlier_thresholds", {"group_0": True}, "outlier threshold is True, and must be a number"),
+        ("waypost.outlier_thresholds", {"group_0": [6.0]}, "must be a number"),
+        ("waypost.outlier_thresholds", {"group_0": float("nan")}, "must be positive"),
+        ("waypost.outlier_thresholds", [6.0], r"waypost\.outlier_thresholds: must be a mapping"),
+        ("waypost", 6.0, "waypost: must be a mapping"),
+        ("config_groups", ["group_0"], "config_groups: must be a mapping"),
+        ("config_groups.group_0", None, "symmetric whole numbers"),
+        ("config_groups.group_0", "int8", "group_0: must be a mapping"),
+        ("config_groups.group_0.input_activations", "int8", "input_activations: must be a mapping"),
+        ("config_groups.group_0.targets", 3, "target 3 is neither a name nor"),
+        ("config_groups.group_0.targets", ["re:("], r"target 're:\(' is neither"),
+        ("config_groups.group_1.weights", "int8", "weights: must be a mapping"),
+        ("config_groups.group_1.weights.group_size", None, "group_size=None: must be a whole number"),
+        ("config_groups.group_1.weights.group_size", 32.5, "group_size=32.5: must be a whole number"),
+        ("config_groups.group_1.weights.num_bits", 8.0, r"num_bits=8\.0"),
+        ("config_groups.group_1.weights.num_bits", [8], r"num_bits=\[8\]"),
+    ],
+)
+def test_what_a_config_says_of_nothing_or_in_the_wrong_type_is_refused(place: str, value: Any, message: str) -> None:
+    """Above all thresholds: without one the same weights would compute another function."""
+    tree = json.loads(json.dumps(to_config({"a.q_proj": Scheme(8, None, Rows8(6.0)), "lm_head": Scheme(8, 32)}, [])))
+    assert from_config({KEY: tree}).of("a.q_proj") == Scheme(8, None, Rows8(6.0))
+    *path, last = place.split(".")
+    inner = tree
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    with pytest.raises(ConfigError, match=message):
+        from_config({KEY: tree})
+
+
 def test_widened_and_counted(source: Path, tmp_path: Path) -> None:
     from waypost.cli.facts import parameters
 

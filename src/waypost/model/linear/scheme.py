@@ -129,29 +129,35 @@ class Layout:
 
 
 def from_config(tree: Mapping[str, Any]) -> Layout:
-    """What config.json `tree` says of its packed weights; ConfigError for what is not read here."""
-    given = tree[KEY]
+    """What config.json `tree` says of its packed weights; ConfigError for what is not read here, or belongs to nothing."""
+    given = _mapping(tree[KEY], KEY)
     method, form = given.get("quant_method"), given.get("format")
     if method != METHOD or form not in (PACKED, INTEGERS, MIXED):
         raise ConfigError(
             f"{KEY}: {method!r} in format {form!r} is not read here; read are compressed-tensors' pack-quantized and "
             "int-quantized, or take the folder with full weights"
         )
-    groups, thresholds = given.get("config_groups") or {}, (given.get("waypost") or {}).get(THRESHOLDS) or {}
-    return Layout(
-        tuple(
-            (
-                tuple(group.get("targets", ())),
-                _read(name, {**group, "format": group.get("format") or form}, thresholds.get(name)),
-            )
-            for name, group in groups.items()
+    ours = _mapping(given.get("waypost"), f"{KEY}.waypost")
+    thresholds = _mapping(ours.get(THRESHOLDS), f"{KEY}.waypost.{THRESHOLDS}")
+    found, rounded = [], set()
+    for name, group in _mapping(given.get("config_groups"), f"{KEY}.config_groups").items():
+        where = f"{KEY}.config_groups.{name}"
+        group = {**_mapping(group, where)}
+        scheme = _read(where, {**group, "format": group.get("format") or form}, thresholds.get(name))
+        found.append((_read_targets(where, group.get("targets", ())), scheme))
+        if scheme.rows is not None:
+            rounded.add(name)
+    over = [*(ours.keys() - {THRESHOLDS}), *(f"{THRESHOLDS}.{name}" for name in thresholds.keys() - rounded)]
+    if over:
+        raise ConfigError(
+            f"{KEY}.waypost.{min(over)}: belongs to no config group whose rows are rounded "
+            f"({', '.join(sorted(rounded)) or 'there is none'}); without it the model would compute something else"
         )
-    )
+    return Layout(tuple(found))
 
 
-def _read(name: str, group: Mapping[str, Any], threshold: float | None) -> Scheme:
-    where = f"{KEY}.config_groups.{name}"
-    weights, rows = group.get("weights") or {}, group.get("input_activations")
+def _read(where: str, group: Mapping[str, Any], threshold: object) -> Scheme:
+    weights, rows = (_mapping(group.get(key), f"{where}.{key}") for key in ("weights", "input_activations"))
     if weights.get("type") != "int" or not weights.get("symmetric", True) or weights.get("actorder") not in (None, "static"):
         raise ConfigError(f"{where}: read are symmetric whole numbers in the order of the inputs, given {dict(weights)}")
     kind = [rows.get(key) for key in ("num_bits", "type", "symmetric", "strategy", "dynamic")] if rows else None
@@ -159,10 +165,32 @@ def _read(name: str, group: Mapping[str, Any], threshold: float | None) -> Schem
         raise ConfigError(
             f"{where}: quantised activations are read in 8 bits, symmetric, dynamic and by token, given {dict(rows)}"
         )
-    strategy, bits = weights.get("strategy"), weights.get("num_bits")
-    if strategy not in ("group", "channel") or bits not in BITS:
-        raise ConfigError(f"{where}: strategy={strategy!r}, num_bits={bits}: read are group and channel, in 4 and 8 bits")
-    scheme = Scheme(bits, int(weights["group_size"]) if strategy == "group" else None, Rows8(threshold) if rows else None)
+    strategy, bits, size = (weights.get(key) for key in ("strategy", "num_bits", "group_size"))
+    if strategy not in ("group", "channel") or type(bits) is not int or bits not in BITS:
+        raise ConfigError(f"{where}: strategy={strategy!r}, num_bits={bits!r}: read are group and channel, in 4 and 8 bits")
+    if strategy == "group" and type(size) is not int:
+        raise ConfigError(f"{where}: group_size={size!r}: must be a whole number of inputs")
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int | float)):
+        raise ConfigError(f"{where}: its outlier threshold is {threshold!r}, and must be a number")
+    scheme = Scheme(bits, size if strategy == "group" else None, Rows8(threshold) if rows else None)
     if group["format"] != scheme.form:
         raise ConfigError(f"{where}: format={group['format']!r} is not read for these weights, which {scheme.form} would hold")
     return scheme
+
+
+def _read_targets(where: str, given: object) -> tuple[str, ...]:
+    """The targets of a group; an expression among them is one."""
+    targets = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for target in targets:
+        try:
+            re.compile(target[3:] if target[:3] == "re:" else "")
+        except (TypeError, re.error) as error:
+            raise ConfigError(f"{where}: target {target!r} is neither a name nor re: and an expression ({error})") from error
+    return targets
+
+
+def _mapping(given: object, where: str) -> Mapping[str, Any]:
+    """`given`, or nothing where it is null."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"{where}: must be a mapping of names to values, given {given!r}")
+    return given or {}
