@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from waypost.bench import CAVEATS, CLAIMS
+from waypost.bench.plan_memory import direction
 from waypost.bench.pretraining import Tuned, chosen, tuned
 from waypost.bench.receipt import PACKAGE, Options, Receipt, commit, series
 from waypost.core.errors import NumericsError
@@ -86,3 +87,8 @@ def test_rates_that_diverge_have_lost() -> None:
     assert (found.rate, found.tried[4.0], found.at_edge) == (2.0, math.inf, False)
     with pytest.raises(NumericsError, match="every learning rate diverges: 8, 16"):
         tuned((8.0, 16.0), loss)
+
+
+def test_the_direction_of_errors_is_said() -> None:
+    assert direction([-0.25, 0.1, -0.05]) == "the worst is 0.250 too low, and 2 of 3 are too low"
+    assert direction([0.3, -0.1]) == "the worst is 0.300 too high, and 1 of 2 are too low"

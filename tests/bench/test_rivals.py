@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from waypost.bench import serving
 from waypost.bench.llama import LlamaCpp
 from waypost.bench.rivals import RIVALS, Environment, environment, parse_rivals
 from waypost.bench.serving import Duel, Generating, Work
@@ -133,3 +134,14 @@ def test_programs_beside_the_interpreter_come_first(tmp_path: Path) -> None:
     program = tmp_path / "bin" / "mergekit-yaml"
     program.write_text("")
     assert Environment("mergekit", tmp_path / "bin" / "python", "1").program("mergekit-yaml") == program
+
+
+def test_every_format_of_a_rival_is_a_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"Q4_1": tmp_path / "q", "bf16": tmp_path / "b"}
+    monkeypatch.setattr(serving, "gguf_files", lambda *_: files)
+    where = Environment("llama.cpp", tmp_path / "bin" / "python", "1")
+    with serving.rival_sides(where, "model", tmp_path, 2) as sides:
+        assert {name: side.gguf for name, side in sides.items() if isinstance(side, LlamaCpp)} == {
+            "llama.cpp Q4_1": files["Q4_1"],
+            "llama.cpp bf16": files["bf16"],
+        }

@@ -58,7 +58,7 @@ def compare(claim: str, what: str, drafter: Drafter, steps: int, options: Option
     size = {"num_pages": 1024, "prefix_cache": False, "threads": options.threads}
     plain, drafting = (Engine(options.model, drafting=d, **size) for d in (None, drafter))  # type: ignore[arg-type]
     rates: dict[str, list[tuple[float, float]]] = {f"{kind}_{n}": [] for kind in texts for n in STREAMS}
-    accepted: dict[str, float] = {}
+    counts: dict[str, list[int]] = {name: [0, 0, 0] for name in rates}
     with progress(claim, options.repeats + 1, "rounds") as bar:
         for prompts in texts.values():
             agree(claim, plain, drafting, prompts, steps)
@@ -68,12 +68,15 @@ def compare(claim: str, what: str, drafter: Drafter, steps: int, options: Option
                     before = drafting.stats()
                     pair = rate(plain, prompts[:n], steps), rate(drafting, prompts[:n], steps)
                     after = drafting.stats()
-                    drafted = after.draft_tokens - before.draft_tokens
-                    accepted[f"{kind}_{n}_accepted_share"] = (after.accepted_tokens - before.accepted_tokens) / max(drafted, 1)
-                    accepted[f"{kind}_{n}_drafted_a_step"] = drafted / max(after.num_steps - before.num_steps, 1)
                     if turn:
                         rates[f"{kind}_{n}"].append(pair)
+                        total = counts[f"{kind}_{n}"]
+                        total[0] += after.draft_tokens - before.draft_tokens
+                        total[1] += after.accepted_tokens - before.accepted_tokens
+                        total[2] += after.num_steps - before.num_steps
             bar.advance()
+    accepted = {f"{name}_accepted_share": taken / max(drafted, 1) for name, (drafted, taken, _) in counts.items()}
+    accepted |= {f"{name}_drafted_a_step": drafted / max(passed, 1) for name, (drafted, _, passed) in counts.items()}
     headline = rates["copying_1"]
     speedups = {f"{name}_speedup": median(b / a for a, b in pairs) for name, pairs in rates.items()}
     return Receipt(

@@ -9,15 +9,17 @@ from waypost.core.progress import progress
 
 
 def _reshard(options: Options, claim: str, before: int, after: int) -> Receipt:
-    """Saves rows of every tensor on `before` ranks, loads on `after`; each side reads its own file, from warm pages."""
+    """Saves rows of every tensor on `before` ranks, loads on `after`; each side reads its own file, from warm pages. The ranks
+    of a side share the threads, so that none waits for a core that another one has."""
+    each = max(1, options.threads // after)
     times: dict[str, list[float]] = {"waypost": [], "dcp": []}
     with scratch(options, claim) as (model, folder):
         for name in times:
             with side(name, model, before, options.threads) as saver:
                 saver.call("save", folder=str(folder / name))
         with (
-            side("waypost", model, after, options.threads) as ours,
-            side("dcp", model, after, options.threads) as theirs,
+            side("waypost", model, after, each) as ours,
+            side("dcp", model, after, each) as theirs,
             progress(claim, options.repeats, "rounds") as bar,
         ):
             for name, worker in (("waypost", ours), ("dcp", theirs)):
@@ -37,6 +39,7 @@ def _reshard(options: Options, claim: str, before: int, after: int) -> Receipt:
         floor=1.0,
         agreement="both hold the saved state, bit for bit",
         command=f"waypost bench {claim} --model CHECKPOINT",
+        caveat="" if after == 1 else f"the ranks of each side share one machine, {each} thread{'s' * (each > 1)} each",
     )
 
 

@@ -87,15 +87,14 @@ def healthy(url: str) -> bool:
         return False
 
 
-def q4_1_file(where: rivals.Environment, model: str, scratch: Path) -> Path:
-    """The checkpoint as llama.cpp's own quantiser makes it in Q4_1."""
+def gguf_files(where: rivals.Environment, model: str, scratch: Path) -> dict[str, Path]:
+    """Name of a format -> the checkpoint in it: in bf16 as it is, in Q4_1 as llama.cpp's own quantiser makes it."""
     from waypost.transform.converting.exporting import export_gguf
 
     full, small = scratch / "bf16.gguf", scratch / "q4_1.gguf"
     export_gguf(Path(model), full, kind="bf16")
     run([str(where.program("llama-quantize")), str(full), str(small), "Q4_1"])
-    full.unlink()
-    return small
+    return {"Q4_1": small, "bf16": full}
 
 
 def run(command: Sequence[str]) -> None:

@@ -85,6 +85,8 @@ def _measure(
             found = workers[name].call("traffic")
             given.append(found[kind])
             said.append(formula(found))
+            if given[-1] != said[-1]:  # fewer would be as wrong as more
+                raise NumericsError(f"parallel.{name}: {given[-1]:.0f} bytes were counted, the formula says {said[-1]:.0f}")
             times = {layout: worker.call("step", count=3) for layout, worker in workers.items()}
             best = {layout: min(best[layout], times[layout]["seconds"]) for layout in sides}
             bar.advance(note=", ".join(f"{layout} {times[layout]['seconds']:.2f} s" for layout in sides))
@@ -101,7 +103,8 @@ def _measure(
         baseline=series("formula", "MB", [value / 1e6 for value in said]),
         higher_is_better=False,
         floor=1.0,
-        agreement=f"loss of the first step {first['single']['loss']:.6f} on one rank, to {gap:.0e} on two",
+        agreement="every count is the formula's to the byte; loss of the first step "
+        f"{first['single']['loss']:.6f} on one rank, to {gap:.0e} on two",
         command=f"waypost bench parallel.{name}",
         extra=extra,
     )

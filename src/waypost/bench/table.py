@@ -185,11 +185,11 @@ def _caption(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
     machines = sorted({_machine(receipt["machine"]) for receipt in known.values() if receipt.get("machine")})
     repeats = min(len(r["ours"]["values"]) for r in known.values() if r.get("over", "rounds") in REPEATED)
     return [
-        f"Medians of {repeats} rounds or more, +- half their range over the median. The ratio is the median of the rounds' (least",
-        "to most); above 1 is better for Waypost. A promise that only some rounds reach is kept or missed within noise. Roofline:",
-        "the rate that the machine's memory or matrix units would allow for the same work (`bench/roofline.py`) at the best that",
-        "any row here measured of them; - where there is none or a row passes it. Again with `waypost bench CLAIM` and the row's",
-        "options; CHECKPOINT is a model, ENV the environment of a rival.",
+        f"Medians of {repeats} rounds or more, +- half their range over the median. The ratio is the median of the rounds',",
+        "with the least and the most; above 1 is better for Waypost. A promise that only some rounds reach is kept or missed",
+        "within noise. The roofline is the rate that the machine's memory or matrix units would allow (`bench/roofline.py`) at",
+        "the best that any row here measured; - where there is none or a row passes it. Again with `waypost bench CLAIM` and",
+        "the row's options; CHECKPOINT is a model, ENV the environment of a rival.",
         *([f"Measured on {'; '.join(machines)}."] if machines else []),
     ]
 
