@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from waypost.core.errors import ConfigError
-from waypost.kernels import build, compiling
+from waypost.kernels import build, call, compiling
 
 
 def features_of(*names: str) -> set[str]:
@@ -29,19 +30,44 @@ def test_a_processor_gets_the_best_library_that_it_can_run(tmp_path: Path) -> No
     assert compiling.prebuilt({"sse2"}, tmp_path) is None
 
 
+def test_every_source_is_in_one_group_and_every_group_says_what_it_exports() -> None:
+    listed = [source for group in compiling.GROUPS.values() for source, _ in group]
+    here = Path(compiling.__file__).parent
+    assert sorted(listed) == sorted(str(path.relative_to(here)) for path in compiling.sources(".cpp"))
+    assert compiling.GROUPS.keys() == call.SIGNATURES.keys()
+    exported = {
+        group: set(re.findall(r"EXPORT\((\w+)\)\(const|EXPORT\((\w+)\)\(Element|EXPORT\((\w+)\)\(int", text))
+        for group, sources in compiling.GROUPS.items()
+        for text in ["".join((here / source).read_text() for source, _ in sources)]
+    }
+    for group, functions in call.SIGNATURES.items():
+        assert {name for found in exported[group] for name in found if name} == functions.keys()
+
+
 @pytest.mark.skipif(compiling.compiler() is None, reason="this machine has no C++ compiler")
-def test_a_library_is_there_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_build_leaves_no_library_of_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = tmp_path / "bad.cpp"
+    bad.write_text("this is no program")
+    (tmp_path / "prebuilt").mkdir()
+    (tmp_path / "prebuilt/avx2.so").touch()
+    monkeypatch.setattr(compiling, "compiles_variants", lambda: True)
+    monkeypatch.setattr(compiling, "units", lambda group, element: [(bad, element)])
+    with pytest.raises(compiling.CompileError):
+        compiling.compile_variants(tmp_path / "prebuilt")
+    assert not (tmp_path / "prebuilt").exists()
+
+
+@pytest.mark.skipif(compiling.compiler() is None, reason="this machine has no C++ compiler")
+def test_a_library_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.cpp", tmp_path / "bad.cpp"
     good.write_text('extern "C" int seven() { return 7; }')
     bad.write_text("this is no program")
     cxx = compiling.compiler()
     assert cxx is not None
-    monkeypatch.setattr(compiling, "sources", lambda suffix=".cpp": (good,))
-    compiling.compile_library(cxx, tmp_path / "good.so")
+    compiling.compile_library(cxx, tmp_path / "good.so", [(good, "float")])
     assert ctypes.CDLL(str(tmp_path / "good.so")).seven() == 7
-    monkeypatch.setattr(compiling, "sources", lambda suffix=".cpp": (good, bad))
     with pytest.raises(compiling.CompileError, match=r"bad\.cpp"):
-        compiling.compile_library(cxx, tmp_path / "both.so")
+        compiling.compile_library(cxx, tmp_path / "both.so", [(good, "float"), (bad, "float")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.cpp", "good.cpp", "good.so"]
 
 
@@ -53,7 +79,9 @@ def test_without_compiler_and_library_the_plain_kernels_serve(monkeypatch: pytes
     assert not build.available()
     assert select().name == "naive"
     with pytest.raises(ConfigError, match="install g\\+\\+, or choose kernel='naive'"):
-        build._build(tmp_path / "kernels.so")
+        select(kernel="cpu")
+    with pytest.raises(ConfigError, match="install g\\+\\+"):
+        build._build(tmp_path / "kernels.so", "pass", "float")
     monkeypatch.setattr(build, "prebuilt", lambda: tmp_path / "avx2.so")
     assert build.available(), "a wheel's library needs no compiler"
 

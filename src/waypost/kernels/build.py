@@ -1,4 +1,4 @@
-"""The library of C++ kernels: a wheel's, or one that is compiled on first use and cached by source, compiler and processor.
+"""The libraries of C++ kernels: a wheel's, or what is compiled on first use and cached by source, compiler and processor.
 
 The sources use no framework headers and talk through a C interface (ctypes). They are linked against the OpenMP runtime
 that PyTorch has loaded, so that both share one pool of threads.
@@ -38,16 +38,16 @@ def prebuilt() -> Path | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels, built now if there are none for these sources on this machine."""
+def library(group: str, element: str) -> ctypes.CDLL:
+    """The kernels of one of compiling.GROUPS for an element type, compiled now if they are not yet on this machine."""
     import torch  # loads the OpenMP runtime that ours must resolve to
 
     del torch
     path = prebuilt()
     if path is None:
-        path = _cache_dir() / f"kernels-{_key()}.so"
+        path = _cache_dir() / f"kernels-{_key()}-{group}-{element}.so"
         if not path.exists():
-            _build(path)
+            _build(path, group, element)
     return ctypes.CDLL(str(path))
 
 
@@ -61,6 +61,7 @@ def _cache_dir() -> Path:
     return base
 
 
+@functools.cache
 def _key() -> str:
     digest = hashlib.blake2b(digest_size=10)
     for path in (*compiling.sources(".cpp"), *compiling.sources(".h")):
@@ -81,12 +82,18 @@ def _cpu() -> str:
         return platform.processor()
 
 
-def _build(path: Path) -> None:
-    cxx = compiler()
-    if cxx is None:
+def require() -> None:
+    """ConfigError where there are neither libraries nor a compiler."""
+    if not available():
         raise ConfigError("kernel='cpu' needs a C++ compiler: install g++, or choose kernel='naive'")
-    say("compiling the kernels for this processor, once: some seconds")
+
+
+def _build(path: Path, group: str, element: str) -> None:
+    require()
+    cxx = compiler()
+    assert cxx is not None
+    say(f"compiling kernels for this processor, once: {group} in {element}")
     try:
-        compiling.compile_library(cxx, path)
+        compiling.compile_library(cxx, path, compiling.units(group, element))
     except compiling.CompileError as error:
         raise ConfigError(f"the C++ kernels do not compile; choose kernel='naive' and report this:\n{error}") from error

@@ -1,8 +1,8 @@
-"""How Python hands tensors to the compiled kernels: pointers, a type code, the thread count."""
+"""How Python hands tensors to the compiled kernels: functions by element type, pointers, the thread count."""
 
 from __future__ import annotations
 
-from ctypes import CDLL, c_double, c_float, c_int, c_long, c_void_p
+from ctypes import c_double, c_float, c_int, c_long, c_void_p
 from typing import Any
 
 import torch
@@ -11,69 +11,75 @@ from torch import Tensor
 from waypost.core.errors import ShapeError
 from waypost.kernels.build import library
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 WIDE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 """The dtype in which each element type is computed."""
 
 _P, _I, _L, _D = c_void_p, c_int, c_long, c_double
-SIGNATURES: dict[str, list[Any]] = {
-    "attention_forward": [_I, _P, _L, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _I],
-    "count_attention": [_I, _P, _L, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _I],
-    "attention_backward": [_I, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _P, _I],
-    "write_pages": [_I, _P, _L, _P, _L, _P, _P, _P, _I, _I, _I],
-    "rms_norm_forward": [_I, _P, _P, _L, _I, _D, _P, _P, _I],
-    "rms_norm_backward": [_I, _P, _P, _P, _P, _L, _I, _P, _P, _I],
-    "squared_norm": [_I, _P, _L, _I],
-    "rope": [_I, _P, _L, _P, _P, _I, _I, _I, c_float, _P, _I],
-    "swiglu_forward": [_I, _P, _L, _P, _L, _L, _I, _P, _I],
-    "log_sum_exp": [_I, _P, _L, _L, _I, _P, _I],
-    "cross_entropy_gradient": [_I, _P, _L, _I, _P, _P, _P, _I],
-    "low_rank": [_I, _P, _L, _L, _P, _L, _L, _P, _L, _P, _I],
-    "pack_panels": [_P, _L, _L, _P, _I],
-    "linear": [_I, _P, _L, _L, _P, _L, _P, _I],
-    "linear_plain": [_I, _P, _L, _L, _P, _L, _P, _I],
-    "linear_quantized": [_I, _P, _L, _L, _P, _P, _L, _L, _P, _I],
-    "linear_int8": [_I, _P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _L, _P, _I],
-    "pack_quantized": [_I, _P, _L, _L, _L, _L, _P, _I],
-    "run_layers": [_I, _P, _I, _P, _I, _P, _P, _P, _P, _L, _L, _I],
-    "swiglu_backward": [_I, _P, _L, _P, _L, _P, _L, _I, _P, _P, _I],
+SIGNATURES: dict[str, dict[str, list[Any]]] = {
+    "pass": {
+        "attention_forward": [_P, _L, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _I],
+        "write_pages": [_P, _L, _P, _L, _P, _P, _P, _I, _I, _I],
+        "run_layers": [_P, _I, _P, _I, _P, _P, _P, _P, _L, _L, _I],
+        "linear": [_P, _L, _L, _P, _L, _P, _I],
+        "linear_plain": [_P, _L, _L, _P, _L, _P, _I],
+        "pack_panels": [_P, _L, _L, _P, _I],
+        "rms_norm_forward": [_P, _P, _L, _I, _D, _P, _P, _I],
+        "rms_norm_backward": [_P, _P, _P, _P, _L, _I, _P, _P, _I],
+    },
+    "elementwise": {
+        "rope": [_P, _L, _P, _P, _I, _I, _I, c_float, _P, _I],
+        "swiglu_forward": [_P, _L, _P, _L, _L, _I, _P, _I],
+        "swiglu_backward": [_P, _L, _P, _L, _P, _L, _I, _P, _P, _I],
+    },
+    "training": {
+        "attention_backward": [_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _P, _I],
+        "log_sum_exp": [_P, _L, _L, _I, _P, _I],
+        "cross_entropy_gradient": [_P, _L, _I, _P, _P, _P, _I],
+        "squared_norm": [_P, _L, _I],
+    },
+    "quantized": {
+        "linear_quantized": [_I, _P, _L, _L, _P, _P, _L, _L, _P, _I],
+        "share_quantized": [_I, _P, _L, _L, _P, _P, _L, _L, _P],
+        "pack_quantized": [_I, _P, _L, _L, _L, _L, _P, _I],
+    },
+    "int8": {"linear_int8": [_P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _L, _P, _I]},
+    "low_rank": {"low_rank": [_P, _L, _L, _P, _L, _L, _P, _L, _P, _I]},
+    "counting": {"count_attention": [_P, _L, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _I]},
 }
+"""What each of compiling.GROUPS exports: names and argument types."""
 
 RETURNS: dict[str, Any] = {"squared_norm": c_double}
 
+_GROUP_OF = {name: group for group, functions in SIGNATURES.items() for name in functions}
+
 
 class Kernels:
-    """The compiled functions by name, with their argument types declared."""
+    """The compiled functions for one element type, by name; a group of them is built and loaded on its first use."""
 
-    def __init__(self, lib: CDLL) -> None:
-        for name, types in SIGNATURES.items():
-            function = getattr(lib, f"waypost_{name}")
-            function.argtypes, function.restype = types, RETURNS.get(name)
-            setattr(self, name, function)
+    def __init__(self, element: str) -> None:
+        self._element = element
 
-    def __getattr__(self, name: str) -> Any:  # only for names that __init__ did not set
-        raise AttributeError(f"no compiled kernel '{name}'")
-
-
-_loaded: Kernels | None = None
-
-
-def kernels() -> Kernels:
-    """The compiled kernels, built and loaded on first use."""
-    global _loaded
-    if _loaded is None:
-        _loaded = Kernels(library())
-    return _loaded
+    def __getattr__(self, name: str) -> Any:  # only for names that are not set yet
+        group = _GROUP_OF.get(name)
+        if group is None:
+            raise AttributeError(f"no compiled kernel '{name}'")
+        function = getattr(library(group, self._element), f"waypost_{name}_{self._element}")
+        function.argtypes, function.restype = SIGNATURES[group][name], RETURNS.get(name)
+        setattr(self, name, function)
+        return function
 
 
-def type_code(x: Tensor) -> int:
-    """0 float32, 1 bfloat16, 2 float64; anything else is a ShapeError."""
-    code = TYPES.get(x.dtype)
-    if code is None or x.device.type != "cpu":
+_KERNELS = {torch.float32: Kernels("float"), torch.bfloat16: Kernels("bf16"), torch.float64: Kernels("double")}
+
+
+def kernels(x: Tensor) -> Kernels:
+    """The compiled kernels for the elements of `x`: float32, bfloat16 or float64 on the CPU; anything else is a ShapeError."""
+    found = _KERNELS.get(x.dtype)
+    if found is None or x.device.type != "cpu":
         raise ShapeError(
             f"the compiled CPU kernels take float32, bfloat16 and float64 on the CPU, given {x.dtype} on {x.device}"
         )
-    return code
+    return found
 
 
 def rows_of(x: Tensor) -> Tensor:

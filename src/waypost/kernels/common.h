@@ -245,11 +245,12 @@ inline Vec<double> exp_lanes(Vec<double> x) {
 }
 template <class A> inline A exp_one(A x) { return exp_lanes(splat(x))[0]; }
 
-// Calls f with a null pointer of the element type that `code` names: 0 float, 1 bfloat16, 2 double.
-template <class F> inline void with_type(int code, F f) {
-  if (code == 0) f((float *)nullptr);
-  else if (code == 1) f((bf16 *)nullptr);
-  else f((double *)nullptr);
-}
+// A source is compiled once for every element type that it serves: -DWAYPOST_ELEMENT=float, bf16 or double. What it exports has
+// the type in its name, so that one library can hold them all.
+typedef WAYPOST_ELEMENT Element;
 
 }  // namespace waypost
+
+#define WAYPOST_JOIN(a, b) a##b
+#define WAYPOST_NAME(name, element) WAYPOST_JOIN(waypost_##name##_, element)
+#define EXPORT(name) WAYPOST_NAME(name, WAYPOST_ELEMENT)

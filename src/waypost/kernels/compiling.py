@@ -26,6 +26,31 @@ FLAGS = (
 NATIVE = ("-march=native",)
 """For the processor of this machine."""
 
+ELEMENTS = ("float", "bf16", "double")
+"""The element types in C++; a source is compiled once for each that it serves."""
+_ROWS = ("float", "bf16")
+_Source = tuple[str, tuple[str, ...]]
+GROUPS: dict[str, tuple[_Source, ...]] = {
+    "pass": (
+        ("attention/forward.cpp", ELEMENTS),
+        ("layers/layers.cpp", _ROWS),
+        ("linear/linear.cpp", _ROWS),
+        ("rms_norm/rms_norm.cpp", ELEMENTS),
+    ),
+    "elementwise": (("rope/rope.cpp", ELEMENTS), ("swiglu/swiglu.cpp", ELEMENTS)),
+    "training": (
+        ("attention/backward.cpp", ELEMENTS),
+        ("cross_entropy/cross_entropy.cpp", ELEMENTS),
+        ("squared_norm/squared_norm.cpp", ELEMENTS),
+    ),
+    "quantized": (("linear/quantized.cpp", ("bf16",)),),
+    "int8": (("linear/int8.cpp", _ROWS),),
+    "low_rank": (("low_rank/low_rank.cpp", ELEMENTS),),
+    "counting": (("attention/counting.cpp", ELEMENTS),),
+}
+"""The sources, those together that are used together, each with the types that it serves. A group in one element type is a
+library, compiled when it is first used, the longest source first."""
+
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Where a wheel has the libraries of VARIANTS, NAME.so each."""
 
@@ -53,13 +78,21 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
 
 
-def compile_library(cxx: str, to: Path, processor: Sequence[str] = NATIVE) -> None:
-    """Compiles all sources for `processor` into the library `to`, which is there as a whole or not at all. CompileError."""
+def units(group: str, element: str) -> list[tuple[Path, str]]:
+    """What a group's library for an element type is compiled from: sources, each with the element type."""
+    here = Path(__file__).parent
+    return [(here / source, element) for source, serves in GROUPS[group] if element in serves]
+
+
+def compile_library(cxx: str, to: Path, units: Sequence[tuple[Path, str]], processor: Sequence[str] = NATIVE) -> None:
+    """Compiles `units` for `processor` into the library `to`, which is there as a whole or not at all. CompileError."""
     flags = [*FLAGS, *processor]
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-        units = sorted(sources(), key=lambda path: -path.stat().st_size)  # the longest first
         objects = [Path(folder) / f"{i}.o" for i in range(len(units))]
-        commands = [[cxx, *flags, "-c", "-o", str(out), str(of)] for out, of in zip(objects, units, strict=True)]
+        commands = [
+            [cxx, *flags, f"-DWAYPOST_ELEMENT={element}", "-c", "-o", str(out), str(source)]
+            for out, (source, element) in zip(objects, units, strict=True)
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         out = Path(folder) / to.name
@@ -73,13 +106,20 @@ def compiles_variants() -> bool:
 
 
 def compile_variants(folder: Path) -> None:
-    """Compiles a library for each of VARIANTS into `folder`, where this machine can; half a minute each. CompileError."""
+    """Compiles everything into one library for each of VARIANTS in `folder`, where this machine can; half a minute each.
+    CompileError, and then there is none: what an earlier build left would not fit these sources."""
+    shutil.rmtree(folder, ignore_errors=True)
     cxx = compiler()
     if cxx is None or not compiles_variants():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (flags, _) in VARIANTS.items():
-        compile_library(cxx, folder / f"{name}.so", flags)
+    everything = [unit for element in ELEMENTS for group in GROUPS for unit in units(group, element)]
+    folder.mkdir(parents=True)
+    try:
+        for name, (flags, _) in VARIANTS.items():
+            compile_library(cxx, folder / f"{name}.so", everything, flags)
+    except CompileError:
+        shutil.rmtree(folder)
+        raise
 
 
 def prebuilt(features: set[str], folder: Path = PREBUILT) -> Path | None:

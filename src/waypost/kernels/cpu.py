@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from waypost.kernels import build
 from waypost.kernels.attention.cpu import counting_attention, paged_attention, ragged_attention, write_pages
-from waypost.kernels.call import kernels
 from waypost.kernels.cross_entropy.cpu import cross_entropy_gradient, log_sum_exp
 from waypost.kernels.layers.cpu import run_layers
 from waypost.kernels.linear.cpu import linear
@@ -17,8 +17,8 @@ from waypost.kernels.vocabulary import WHOLE
 
 
 def ops() -> Ops:
-    """The compiled set. Compiles it first where that has not happened yet: seconds; ConfigError without a compiler."""
-    kernels()  # compile now, where an error can still be read, not in the middle of a step
+    """The compiled set; what is not compiled yet is when it is first used. ConfigError without a compiler."""
+    build.require()
     return Ops(
         "cpu",
         linear,

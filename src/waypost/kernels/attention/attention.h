@@ -8,36 +8,12 @@
 // Layouts: q (T, H, D), k and v (T, G, D) with a row stride; k_pages (pages, G, D, 16); v_pages (pages, G, 16, D).
 #pragma once
 
-#include <algorithm>
-#include <vector>
-
-#include "../common.h"
+#include "paged.h"
 
 namespace waypost {
 namespace {
 
-
-constexpr int P = kLanes;
 #define ALONE __attribute__((noinline))  // inside of a caller's loops the sums would not stay in registers
-
-struct Shape {
-  int heads, groups, width;
-  int share() const { return heads / groups; }
-  int padded() const { return (width + P - 1) / P * P; }
-};
-
-struct Item {
-  int sequence, begin, end;  // rows of the batch
-};
-
-// Blocks of rows, long sequences cut so that every thread finds work and a page is reused by about 64 queries.
-std::vector<Item> cut(const int32_t *starts, int sequences, int rows_per_item) {
-  std::vector<Item> items;
-  for (int s = 0; s < sequences; ++s)
-    for (int row = starts[s]; row < starts[s + 1]; row += rows_per_item)
-      items.push_back({s, row, std::min(row + rows_per_item, starts[s + 1])});
-  return items;
-}
 
 // The d-th unit of a row.
 template <class T> inline Unit<T> unit_at(const T *row, int d) {
@@ -45,8 +21,6 @@ template <class T> inline Unit<T> unit_at(const T *row, int d) {
   std::memcpy(&unit, row + d * kUnit<T>, sizeof unit);
   return unit;
 }
-
-inline int rows_per_item(int share) { return share >= 16 ? 4 : 60 / share / 4 * 4; }
 
 // Which of the keys first_key .. first_key + N * 16 a position sees: lanes [low, high).
 template <int N> struct Visible {
@@ -174,9 +148,6 @@ template <class T> void zip_rows(const T *rows, long stride, int count, int widt
       store(out + d, zip(x, y));
     }
 }
-
-// The softmax works on blocks of four pages, at absolute multiples of 64 keys.
-constexpr int N = 4, K = N * P;
 
 // add_rows for queries [low, high), R a row, the first row at position `first`, over B pages of keys from `key`: four at a
 // time over the keys that all four see, in whole units, and one at a time over the others; every query takes its keys in the

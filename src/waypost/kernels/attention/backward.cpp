@@ -247,15 +247,12 @@ using namespace waypost;
 
 extern "C" {
 
-void waypost_attention_backward(int type, const void *q, const void *k, const void *v, const void *grad, const void *lse,
-                                const void *delta, const int32_t *starts, const int32_t *context, int sequences, int heads,
-                                int groups, int width, double scale, int window, void *grad_q, void *grad_k, void *grad_v,
+// q, grad, grad_q (T, H, D) and k, v, grad_k, grad_v (all keys, G, D) of Element; lse and delta (T, H).
+void EXPORT(attention_backward)(const Element *q, const Element *k, const Element *v, const Element *grad, const Wide<Element> *lse,
+                                const Wide<Element> *delta, const int32_t *starts, const int32_t *context, int sequences, int heads,
+                                int groups, int width, double scale, int window, Element *grad_q, Element *grad_k, Element *grad_v,
                                 int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    typedef Wide<T> A;
-    Backward<T>{(const T *)q, (const T *)k, (const T *)v, (const T *)grad, (const A *)lse, (const A *)delta, starts, context,
-                sequences, {heads, groups, width}, (A)scale, window, (T *)grad_q, (T *)grad_k, (T *)grad_v}.run(threads);
-  });
+  Backward<Element>{q, k, v, grad, lse, delta, starts, context, sequences, {heads, groups, width}, (Wide<Element>)scale, window,
+                    grad_q, grad_k, grad_v}.run(threads);
 }
 }

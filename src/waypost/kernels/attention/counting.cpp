@@ -76,14 +76,10 @@ template <class T> void count(const Counting<T> &call, int sequences, int thread
 
 using namespace waypost;
 
-extern "C" void waypost_count_attention(int type, const void *q, long q_stride, const void *k_pages, const void *lse,
+extern "C" void EXPORT(count_attention)(const Element *q, long q_stride, const Element *k_pages, const Wide<Element> *lse,
                                         const int32_t *table, int table_width, const int32_t *starts, const int32_t *context,
-                                        int sequences, int heads, int groups, int width, double scale, int window, void *sums,
+                                        int sequences, int heads, int groups, int width, double scale, int window, Wide<Element> *sums,
                                         int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    typedef Wide<T> A;
-    count<T>({(const T *)q, q_stride, (const T *)k_pages, (const A *)lse, table, table_width, starts, context,
-              {heads, groups, width}, (A)scale, window, (A *)sums}, sequences, threads);
-  });
+  count<Element>({q, q_stride, k_pages, lse, table, table_width, starts, context, {heads, groups, width}, (Wide<Element>)scale, window,
+                  sums}, sequences, threads);
 }

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from waypost.kernels.call import WIDE, kernels, rows_of, type_code
+from waypost.kernels.call import WIDE, kernels, rows_of
 from waypost.kernels.ops import PAGE_TOKENS as P
 
 
 def write_pages(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     k, v = rows_of(k), rows_of(v)
     rows, groups, width = k.shape
-    kernels().write_pages(
-        type_code(k), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_pages.data_ptr(), v_pages.data_ptr(),
+    kernels(k).write_pages(
+        k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_pages.data_ptr(), v_pages.data_ptr(),
         slots.data_ptr(), rows, groups, width,
     )  # fmt: skip
 
@@ -35,8 +35,8 @@ def counting_attention(
     heads, width = q.shape[1:]
     lse = torch.empty(q.shape[:2], dtype=WIDE[q.dtype])
     out = _forward(q, k_pages, v_pages, table, starts, context, scale, window, lse)
-    kernels().count_attention(
-        type_code(q), q.data_ptr(), q.stride(0), k_pages.data_ptr(), lse.data_ptr(), table.data_ptr(), table.shape[1],
+    kernels(q).count_attention(
+        q.data_ptr(), q.stride(0), k_pages.data_ptr(), lse.data_ptr(), table.data_ptr(), table.shape[1],
         starts.data_ptr(), context.data_ptr(), context.shape[0], heads, k_pages.shape[1], width, scale, window or 0,
         sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -60,8 +60,8 @@ def _forward(
     q = rows_of(q)
     heads, width = q.shape[1:]
     out = torch.empty(q.shape, dtype=q.dtype)
-    kernels().attention_forward(
-        type_code(q), q.data_ptr(), q.stride(0), k_pages.data_ptr(), v_pages.data_ptr(), table.data_ptr(), table.shape[1],
+    kernels(q).attention_forward(
+        q.data_ptr(), q.stride(0), k_pages.data_ptr(), v_pages.data_ptr(), table.data_ptr(), table.shape[1],
         starts.data_ptr(), context.data_ptr(), context.shape[0], heads, k_pages.shape[1], width, scale, window or 0,
         out.data_ptr(), None if lse is None else lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -114,8 +114,8 @@ class _RaggedAttention(torch.autograd.Function):
         grad_out = grad[0].contiguous()
         delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # (T, H)
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        kernels().attention_backward(
-            type_code(q), q.data_ptr(), k.data_ptr(), v.data_ptr(), grad_out.data_ptr(), lse.data_ptr(), delta.data_ptr(),
+        kernels(q).attention_backward(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), grad_out.data_ptr(), lse.data_ptr(), delta.data_ptr(),
             starts.data_ptr(), context.data_ptr(), len(context), q.shape[1], k.shape[1], q.shape[2], ctx.scale,
             ctx.window or 0, *(g.data_ptr() for g in grads), torch.get_num_threads(),
         )  # fmt: skip

@@ -1,51 +1,191 @@
-// Causal attention over pages of sixteen keys; and the writing of pages.
+// Causal attention over pages of sixteen keys, walked in absolute order with an online softmax, four pages at a time; and the
+// writing of pages.
+//
+// A single row reads the pages as they lie; a block of rows puts each into units once and shares it. The bits are the same.
 
-#include "forward.h"
+#include "attention.h"
 
 namespace waypost {
 namespace {
+
+// One block of keys of the online softmax, in two halves. The first scales the scores (N vectors), hides those of unseen keys and
+// returns the new top; the second turns them into weights, which it adds to `sum` and rounds to the type of the values.
+template <class A> inline A highest(Vec<A> *s, A scale, const Visible<N> &seen, A top) {
+  for (int b = 0; b < N; ++b) s[b] *= scale;
+  seen.hide(s, -std::numeric_limits<A>::infinity());
+  Vec<A> high = s[0] > s[1] ? s[0] : s[1];
+  for (int b = 2; b < N; ++b) high = high > s[b] ? high : s[b];
+  return std::max(top, max_lanes<A>(high));
+}
+template <class T> inline void weigh(Vec<Wide<T>> *s, Wide<T> top, Wide<T> shrink, Wide<T> &sum, T *weights) {
+  for (int b = 0; b < N; ++b) s[b] = exp_lanes(s[b] - top), store_factors(weights + b * P, s[b]);
+  sum = sum * shrink + sum_lanes<Wide<T>>((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+template <class T> inline void fetch(const T *from, long count) {
+  for (long i = 0; i < count; i += 64 / (long)sizeof(T)) __builtin_prefetch(from + i);
+}
+
+// What a thread needs for its share of the work.
+template <class T> class Walker {
+  typedef Wide<T> A;
+  std::vector<Unit<T>> columns_, rows_;
+  std::vector<T> queries_, weights_;
+  std::vector<A> acc_, sum_, top_, here_, shrink_;  // the last three are read and written by whole vectors
+  std::vector<const T *> at_;
+  std::vector<Vec<A>> scores_;
+
+ public:
+  void share(const Paged<T> &call, const std::vector<Item> &items) {
+    const long total = (long)items.size() * call.shape.groups;
+#pragma omp for schedule(dynamic, 1)
+    for (long w = 0; w < total; ++w) {
+      const Item &item = items[w / call.shape.groups];
+      const int g = (int)(w % call.shape.groups);
+      if (item.end - item.begin == 1 && call.shape.width % P == 0) row(call, item, g);
+      else block(call, item, g);
+    }
+  }
+
+ private:
+  void load_queries(const Paged<T> &call, const Item &item, int g, int padded) {
+    const int n = item.end - item.begin, R = call.shape.share(), D = call.shape.width;
+    queries_.resize((size_t)n * R * padded);
+    at_.resize(n * R);
+    for (int i = 0; i < n; ++i)
+      copy_rows(call.q + (item.begin + i) * call.q_stride + (long)g * R * D, D, R, D, padded, &queries_[(size_t)i * R * padded]);
+    for (int x = 0; x < n * R; ++x) at_[x] = &queries_[(size_t)x * padded];
+    acc_.assign((size_t)n * R * padded, A(0));
+    sum_.assign(n * R, A(0));
+    top_.assign(n * R + P, -std::numeric_limits<A>::infinity());
+    here_.assign(n * R + P, -std::numeric_limits<A>::infinity());
+    shrink_.resize(n * R + P);
+    scores_.resize((size_t)n * R * N);
+    weights_.resize((size_t)n * R * K);
+  }
+
+  void store_rows(const Paged<T> &call, const Item &item, int g, int padded) {
+    const int n = item.end - item.begin, R = call.shape.share(), D = call.shape.width;
+    for (int x = 0; x < n * R; ++x) {
+      const long at = (long)(item.begin + x / R) * call.shape.heads + g * R + x % R;
+      for (int d = 0; d < D; d += P) store_some(call.out + at * D + d, load(&acc_[(size_t)x * padded + d]) / sum_[x], D - d);
+      if (call.lse) call.lse[at] = top_[x] + std::log(sum_[x]);
+    }
+  }
+
+  // A block of rows: the pages are put into units once for all of its queries.
+  void block(const Paged<T> &call, const Item &item, int g) {
+    const int R = call.shape.share(), D = call.shape.width, padded = call.shape.padded(), window = call.window;
+    const int n = item.end - item.begin, first = call.position(item), units = (D + kUnit<T> - 1) / kUnit<T>;
+    columns_.resize(N * units * P);
+    rows_.resize(K / kUnit<T> * padded);
+    load_queries(call, item, g, padded);
+    for (int key = call.first_key(first); key < first + n; key += K) {
+      for (int b = 0; b < N && key + b * P < first + n; ++b) {
+        const long at = call.page(item, key + b * P, g) * D * P;
+        zip_rows(call.k_pages + at, P, D, P, P, &columns_[b * units * P]);
+        zip_rows(call.v_pages + at, D, P, D, padded, &rows_[(size_t)b * P / kUnit<T> * padded]);
+      }
+      const int low = std::max(0, key - first);  // rows before this one end before the block
+      const int high = window > 0 ? std::min(n, key + K - 1 + window - first) : n;
+      if (low >= high) continue;
+      all_dots<N, T>((high - low) * R, &at_[low * R], columns_.data(), units, &scores_[(size_t)low * R * N]);
+      for (int x = low * R; x < high * R; ++x)
+        here_[x] = highest(&scores_[(size_t)x * N], call.scale, Visible<N>(first + x / R, key, window), top_[x]);
+      for (int x = low * R; x < high * R; x += P) store(&shrink_[x], exp_lanes(load(&top_[x]) - load(&here_[x])));
+      for (int x = low * R; x < high * R; ++x) {
+        weigh<T>(&scores_[(size_t)x * N], here_[x], shrink_[x], sum_[x], &weights_[(size_t)x * K]);
+        top_[x] = here_[x];
+      }
+      add_all<N, T>(acc_.data(), shrink_.data(), weights_.data(), rows_.data(), padded, low * R, high * R, R, first, key, window);
+    }
+    store_rows(call, item, g, padded);
+  }
+
+  // One row: up to four of its queries at a time over the pages as they lie.
+  void row(const Paged<T> &call, const Item &item, int g) {
+    const int R = call.shape.share();
+    load_queries(call, item, g, call.shape.width);
+    int x = 0;
+    for (; x + 4 <= R; x += 4) queries<4>(call, item, g, x);
+    if (R - x == 3) queries<3>(call, item, g, x);
+    else if (R - x == 2) queries<2>(call, item, g, x);
+    else if (R - x == 1) queries<1>(call, item, g, x);
+    store_rows(call, item, g, call.shape.width);
+  }
+
+  template <int M> void queries(const Paged<T> &call, const Item &item, int g, int x) {
+    const int D = call.shape.width, position = call.position(item);
+    Vec<A> *scores = &scores_[(size_t)x * N];
+    for (int key = call.first_key(position); key <= position; key += K) {
+      const T *k[N], *v[N];
+      for (int b = 0; b < N; ++b) {  // past the last key: any page, none of whose lanes is seen
+        const long at = call.page(item, std::min(key + b * P, position), g) * D * P;
+        k[b] = call.k_pages + at, v[b] = call.v_pages + at;
+      }
+      const Visible<N> seen(position, key, call.window);
+      if (x == 0) {  // what is needed next is on its way while this is computed: pages lie anywhere in memory
+        for (int b = 0; b < N && key + b * P <= position; ++b) fetch(v[b], D * P);
+        for (int next = key + K; next < key + 2 * K && next <= position; next += P)
+          fetch(call.k_pages + call.page(item, next, g) * D * P, D * P);
+      }
+      page_dots<M, N, T>(&at_[x], k, D, scores);
+      for (int i = x; i < x + M; ++i) {
+        const A here = highest(scores + (i - x) * N, call.scale, seen, top_[i]);
+        shrink_[i] = exp_one(top_[i] - here);
+        weigh<T>(scores + (i - x) * N, here, shrink_[i], sum_[i], &weights_[(size_t)i * K]);
+        top_[i] = here;
+      }
+      A *acc = &acc_[(size_t)x * D];
+      int d = 0;
+      for (; d + 4 * P <= D; d += 4 * P) add_part<M, 4>(acc, x, v, D, d, seen);
+      for (; d < D; d += P) add_part<M, 1>(acc, x, v, D, d, seen);
+    }
+  }
+
+  template <int M, int W> ALONE void add_part(A *acc, int x, const T *const *v, int D, int d, const Visible<N> &seen) {
+    const auto row = [&](int j, int w) {
+      const T *at = v[j * kUnit<T> / P] + (long)(j * kUnit<T> % P) * D + d + w * P;
+      return zip(at, at + D);
+    };
+    add_rows_of<M, W, T>(acc + d, D, &shrink_[x], &weights_[(size_t)x * K], K, seen.low, seen.high, row);
+  }
+};
 
 template <class T> void forward(const Paged<T> &call, int threads) {
   const std::vector<Item> items = call.items();
   const bool shared = items.size() * call.shape.groups > 1;
 #pragma omp parallel num_threads(threads) if (shared)
-  Walker<T>().share(call, items);
-}
-
-template <class T>
-void write_pages(const T *k, long k_stride, const T *v, long v_stride, T *k_pages, T *v_pages, const int64_t *slots,
-                 int rows, int groups, int width) {
-  for (int t = 0; t < rows; ++t)
-    for (int g = 0; g < groups; ++g) {
-      write_key(k + t * k_stride + (long)g * width, k_pages, slots[t], g, groups, width);
-      write_value(v + t * v_stride + (long)g * width, v_pages, slots[t], g, groups, width);
-    }
+  share_attention(call, items);
 }
 
 }  // namespace
+
+template <class T> void share_attention(const Paged<T> &call, const std::vector<Item> &items) {
+  thread_local Walker<T> walker;  // whose memory is kept for the next call
+  walker.share(call, items);
+}
+template void share_attention(const Paged<Element> &, const std::vector<Item> &);
+
 }  // namespace waypost
 
 using namespace waypost;
 
 extern "C" {
 
-void waypost_attention_forward(int type, const void *q, long q_stride, const void *k_pages, const void *v_pages,
-                               const int32_t *table, int table_width, const int32_t *starts, const int32_t *context,
-                               int sequences, int heads, int groups, int width, double scale, int window, void *out, void *lse,
-                               int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    typedef Wide<T> A;
-    forward<T>({(const T *)q, q_stride, (const T *)k_pages, (const T *)v_pages, table, table_width, starts, context, sequences,
-                {heads, groups, width}, (A)scale, window, (T *)out, (A *)lse}, threads);
-  });
+void EXPORT(attention_forward)(const Element *q, long q_stride, const Element *k_pages, const Element *v_pages, const int32_t *table,
+                               int table_width, const int32_t *starts, const int32_t *context, int sequences, int heads, int groups,
+                               int width, double scale, int window, Element *out, Wide<Element> *lse, int threads) {
+  forward<Element>({q, q_stride, k_pages, v_pages, table, table_width, starts, context, sequences, {heads, groups, width},
+                    (Wide<Element>)scale, window, out, lse}, threads);
 }
 
-void waypost_write_pages(int type, const void *k, long k_stride, const void *v, long v_stride, void *k_pages,
-                         void *v_pages, const int64_t *slots, int rows, int groups, int width) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    write_pages<T>((const T *)k, k_stride, (const T *)v, v_stride, (T *)k_pages, (T *)v_pages, slots, rows, groups, width);
-  });
+void EXPORT(write_pages)(const Element *k, long k_stride, const Element *v, long v_stride, Element *k_pages, Element *v_pages,
+                         const int64_t *slots, int rows, int groups, int width) {
+  for (int t = 0; t < rows; ++t)
+    for (int g = 0; g < groups; ++g) {
+      write_key(k + t * k_stride + (long)g * width, k_pages, slots[t], g, groups, width);
+      write_value(v + t * v_stride + (long)g * width, v_pages, slots[t], g, groups, width);
+    }
 }
 }

@@ -53,22 +53,14 @@ using namespace waypost;
 
 extern "C" {
 
-void waypost_log_sum_exp(int type, const void *logits, long stride, long rows, int width, void *out, int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
+void EXPORT(log_sum_exp)(const Element *logits, long stride, long rows, int width, Wide<Element> *out, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
-    for (long t = 0; t < rows; ++t) ((Wide<T> *)out)[t] = log_sum_exp((const T *)logits + t * stride, width);
-  });
+  for (long t = 0; t < rows; ++t) out[t] = log_sum_exp(logits + t * stride, width);
 }
 
-void waypost_cross_entropy_gradient(int type, void *logits, long rows, int width, const void *lse, const int64_t *targets,
-                                    const void *weights, int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    typedef Wide<T> A;
+void EXPORT(cross_entropy_gradient)(Element *logits, long rows, int width, const Wide<Element> *lse, const int64_t *targets,
+                                    const Wide<Element> *weights, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
-    for (long t = 0; t < rows; ++t)
-      gradient((T *)logits + t * width, width, ((const A *)lse)[t], targets[t], ((const A *)weights)[t]);
-  });
+  for (long t = 0; t < rows; ++t) gradient(logits + t * width, width, lse[t], targets[t], weights[t]);
 }
 }

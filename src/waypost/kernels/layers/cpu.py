@@ -6,13 +6,13 @@ Shapes: T rows, S sequences, C hidden_size, H query heads, G key/value heads, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import Structure, byref, c_double, c_int, c_int32, c_long, c_void_p
+from ctypes import Structure, byref, c_double, c_int, c_int32, c_long, c_void_p, cast
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from waypost.kernels.call import kernels, type_code
+from waypost.kernels.call import kernels
 from waypost.kernels.linear.cpu import Packed
 from waypost.kernels.linear.quantized import QuantizedPanels
 from waypost.kernels.ops import Pages
@@ -62,6 +62,7 @@ class _Product(Structure):
         *((name, c_void_p) for name in ("panels", "scales", "bias")),
         *((name, c_long) for name in ("pairs", "outputs", "group_pairs")),
         ("bits", c_int),
+        ("share", c_void_p),
     ]
 
 
@@ -101,8 +102,8 @@ def run_layers(
         _pointer(table.seconds),
     )  # fmt: skip
     pointers = c_void_p * count
-    kernels().run_layers(
-        type_code(h), table.rows, count, (c_int32 * len(order))(*order), len(order),
+    kernels(h).run_layers(
+        table.rows, count, (c_int32 * len(order))(*order), len(order),
         pointers(*(x.data_ptr() for x in pages.k_pages)), pointers(*(x.data_ptr() for x in pages.v_pages)),
         byref(step), out.data_ptr(), *h.shape, torch.get_num_threads(),
     )  # fmt: skip
@@ -122,8 +123,10 @@ def _product(product: Product) -> _Product:
     weight, bias = product.weight, _pointer(product.bias)
     panels, pairs = weight.panels.data_ptr(), -(-weight.inputs // 2)
     if isinstance(weight, Packed):
-        return _Product(panels, None, bias, pairs, weight.outputs, pairs, 16)
-    return _Product(panels, weight.scales.data_ptr(), bias, pairs, weight.outputs, weight.group_size // 2, weight.bits)
+        return _Product(panels, None, bias, pairs, weight.outputs, pairs, 16, None)
+    share = cast(kernels(weight.scales).share_quantized, c_void_p)
+    scales, group_pairs = weight.scales.data_ptr(), weight.group_size // 2
+    return _Product(panels, scales, bias, pairs, weight.outputs, group_pairs, weight.bits, share)
 
 
 def _pointer(vector: Tensor | None) -> int | None:

@@ -12,13 +12,12 @@
 //
 // Every step is the row kernel of its own operator with the same roundings, so the bits are those of the operators one by one.
 
-#include <chrono>
-#include <map>
-#include <memory>
-#include <type_traits>
+#include <time.h>
 
-#include "../attention/forward.h"
-#include "../linear/quantized.h"
+#include <utility>
+
+#include "../attention/paged.h"
+#include "../linear/linear.h"
 #include "../rms_norm/row.h"
 #include "../rope/head.h"
 #include "../swiglu/row.h"
@@ -31,6 +30,7 @@ struct Product {
   const void *panels, *scales, *bias;
   long pairs, outputs, group_pairs;
   int bits;  // of a weight: 16 is bfloat16, 8 and 4 have scales and rows in bfloat16
+  ShareQuantized *share;  // for 8 and 4
 };
 struct Layer {
   const void *attention_norm, *ffn_norm, *q_norm, *k_norm;
@@ -50,19 +50,24 @@ enum Kind { kNorms, kProducts, kHeads, kAttention, kGates };
 
 // Seconds by kind of work as a region's first thread sees them, its waiting for the others included.
 class Clock {
-  typedef std::chrono::steady_clock Time;
   double *seconds_ = nullptr;
-  Time::time_point last_;
+  double last_ = 0;
+
+  static double now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+  }
 
  public:
   explicit Clock(double *seconds) {
 #pragma omp master
-    if (seconds) seconds_ = seconds, last_ = Time::now();
+    if (seconds) seconds_ = seconds, last_ = now();
   }
   void took(Kind kind) {
     if (!seconds_) return;
-    const Time::time_point now = Time::now();
-    seconds_[kind] += std::chrono::duration<double>(now - last_).count(), last_ = now;
+    const double time = now();
+    seconds_[kind] += time - last_, last_ = time;
   }
 };
 
@@ -70,9 +75,9 @@ template <class T> class Pass {
   const Step &step_;
   T *h_;
   const long rows_, hidden_;
-  std::unique_ptr<T[]> memory_;
+  T *memory_;
   T *normed_, *qkv_, *q_, *mixed_, *wide_, *gated_, *part_;
-  std::map<int, std::vector<Item>> items_;  // by queries that share a key/value head
+  std::vector<std::pair<int, std::vector<Item>>> items_;  // by queries that share a key/value head
 
  public:
   Pass(const Layer *layers, int count, const Step &step, T *h, long rows, long hidden) : step_(step), h_(h), rows_(rows), hidden_(hidden) {
@@ -82,20 +87,21 @@ template <class T> class Pass {
       qkv = std::max(qkv, layers[i].qkv.outputs);
       wide = std::max(wide, layers[i].gate_up.outputs);
       const int share = layers[i].heads / layers[i].groups;
-      if (!items_.count(share)) items_[share] = cut(step.starts, step.sequences, rows_per_item(share));
+      if (!items_of(share)) items_.push_back({share, cut(step.starts, step.sequences, rows_per_item(share))});
     }
     const long widths[] = {hidden, qkv, heads, heads, wide, wide / 2, hidden};
     T **const parts[] = {&normed_, &qkv_, &q_, &mixed_, &wide_, &gated_, &part_};
     long total = 0;
     for (long width : widths) total += aligned(width * rows);
-    memory_.reset(new T[total]);
-    T *next = memory_.get();
+    T *next = memory_ = new T[total];
     for (int i = 0; i < 7; ++i) *parts[i] = next, next += aligned(widths[i] * rows);
   }
 
+  ~Pass() { delete[] memory_; }
+  Pass(const Pass &) = delete;
+
   // By every thread of a parallel region.
   void run(const Layer *layers, const int32_t *order, int count, void *const *k_pages, void *const *v_pages) {
-    Walker<T> walker;
     Clock clock(step_.seconds);
     const Product *before = nullptr;
     for (int i = 0; i < count; ++i) {
@@ -107,9 +113,9 @@ template <class T> class Pass {
       clock.took(kProducts);
       place_heads(layer, k, v);
       clock.took(kHeads);
-      walker.share({q_, (long)layer.heads * layer.width, k, v, step_.table, step_.table_width, step_.starts, step_.context,
-                    step_.sequences, {layer.heads, layer.groups, layer.width}, (Wide<T>)layer.scale, layer.window, mixed_, nullptr},
-                   items_.at(layer.heads / layer.groups));
+      share_attention<T>({q_, (long)layer.heads * layer.width, k, v, step_.table, step_.table_width, step_.starts, step_.context,
+                          step_.sequences, {layer.heads, layer.groups, layer.width}, (Wide<T>)layer.scale, layer.window, mixed_, nullptr},
+                         *items_of(layer.heads / layer.groups));
       clock.took(kAttention);
       multiply(layer.out, mixed_, part_);
       clock.took(kProducts);
@@ -130,6 +136,12 @@ template <class T> class Pass {
  private:
   static long aligned(long elements) { return (elements + 63) / 64 * 64; }
 
+  const std::vector<Item> *items_of(int share) const {
+    for (const auto &[of, items] : items_)
+      if (of == share) return &items;
+    return nullptr;
+  }
+
   // to = from + with, `width` elements, rounded.
   static void add(const T *from, const T *with, long width, T *to) {
     for (long k = 0; k < width; k += kLanes) {
@@ -140,13 +152,8 @@ template <class T> class Pass {
 
   void multiply(const Product &p, const T *x, T *out) {
     if constexpr (std::is_same_v<T, bf16>)
-      if (p.bits < 16) return share_quantized(p.bits, x, rows_, p.pairs, p.panels, p.scales, p.group_pairs, p.outputs, out);
-    const long size = p.pairs * kPanel, last_panel = (p.outputs - 1) / kPanel;
-    share_panels(rows_, p.outputs, [&](long panel, int here, long first, long last) {
-      const Pair *weights = (const Pair *)p.panels + panel * size;
-      tiles(x + first * p.pairs * 2, last - first, p.pairs, weights, out + first * p.outputs + panel * kPanel, p.outputs, here,
-            panel < last_panel ? weights + size : nullptr);
-    });
+      if (p.bits < 16) return p.share(p.bits, x, rows_, p.pairs, p.panels, p.scales, p.group_pairs, p.outputs, out);
+    share_linear(x, rows_, p.pairs, (const Pair *)p.panels, p.outputs, out);
   }
 
   // Takes what `before` gave into the residual stream; null: nothing came before. A null weight leaves out the norm.
@@ -196,25 +203,16 @@ template <class T> class Pass {
   }
 };
 
-template <class T>
-void run_layers(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages, void *const *v_pages,
-                const Step &step, T *h, long rows, long hidden, int threads) {
-  Pass<T> pass(layers, layer_count, step, h, rows, hidden);
-#pragma omp parallel num_threads(threads)
-  pass.run(layers, order, count, k_pages, v_pages);
-}
-
 }  // namespace
 }  // namespace waypost
 
 using namespace waypost;
 
-// Runs the layers that `order` (count,) names over h (rows, hidden), in place: 0 float32 or 1 bfloat16, weights in bfloat16.
-// k_pages and v_pages have one pointer for each of the layer_count layers.
-extern "C" void waypost_run_layers(int type, const void *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
-                                   void *const *v_pages, const void *step, void *h, long rows, long hidden, int threads) {
-  if (type == 0)
-    run_layers((const Layer *)layers, layer_count, order, count, k_pages, v_pages, *(const Step *)step, (float *)h, rows, hidden, threads);
-  else
-    run_layers((const Layer *)layers, layer_count, order, count, k_pages, v_pages, *(const Step *)step, (bf16 *)h, rows, hidden, threads);
+// Runs the layers that `order` (count,) names over h (rows, hidden), in place; weights in bfloat16 or fewer bits. k_pages and
+// v_pages have one pointer for each of the layer_count layers.
+extern "C" void EXPORT(run_layers)(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
+                                   void *const *v_pages, const Step *step, Element *h, long rows, long hidden, int threads) {
+  Pass<Element> pass(layers, layer_count, *step, h, rows, hidden);
+#pragma omp parallel num_threads(threads)
+  pass.run(layers, order, count, k_pages, v_pages);
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from waypost.core.errors import ShapeError
 from waypost.kernels import memory
-from waypost.kernels.call import kernels, type_code
+from waypost.kernels.call import kernels
 from waypost.kernels.linear import naive
 
 PANEL = 48
@@ -42,8 +42,8 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
         raise ShapeError(f"a row has {x.shape[1]} inputs, the weight takes {inputs}")
     x, weight = _whole_pairs(x), _whole_pairs(weight)
     out = torch.empty((x.shape[0], outputs), dtype=x.dtype)
-    kernels().linear_plain(
-        type_code(x), x.data_ptr(), x.shape[0], x.shape[1] // 2, weight.data_ptr(), outputs, out.data_ptr(),
+    kernels(x).linear_plain(
+        x.data_ptr(), x.shape[0], x.shape[1] // 2, weight.data_ptr(), outputs, out.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -67,8 +67,8 @@ class Packed:
             raise ShapeError(f"a row has {x.shape[1]} inputs, the weight takes {self.inputs}")
         x = _whole_pairs(x)
         out = torch.empty((x.shape[0], self.outputs), dtype=x.dtype)
-        kernels().linear(
-            type_code(x), x.data_ptr(), x.shape[0], self.panels.shape[1], self.panels.data_ptr(), self.outputs,
+        kernels(x).linear(
+            x.data_ptr(), x.shape[0], self.panels.shape[1], self.panels.data_ptr(), self.outputs,
             out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out if bias is None else out + bias
@@ -82,7 +82,7 @@ def pack(*weights: Tensor) -> Packed:
     panels = memory.empty((-(-outputs // PANEL), -(-inputs // 2), PANEL, 2), torch.bfloat16)
     parts = panels.split([-(-len(weight) // PANEL) for weight in weights])
     for weight, part in zip(map(_whole_pairs, weights), parts, strict=True):
-        kernels().pack_panels(weight.data_ptr(), len(weight), part.shape[1], part.data_ptr(), torch.get_num_threads())
+        kernels(weight).pack_panels(weight.data_ptr(), len(weight), part.shape[1], part.data_ptr(), torch.get_num_threads())
     return Packed(panels, outputs, inputs)
 
 

@@ -80,23 +80,18 @@ using namespace waypost;
 extern "C" {
 
 // codes (rows, 4 * quads) plus 128, scale (rows); the columns of row t in full precision are columns[i], values[i] for i from
-// begins[t] to begins[t + 1], ascending. panels (P, quads, 48, 4), offsets and scales (P, 48). out (rows, outputs) in `type`.
-void waypost_linear_int8(int type, const void *codes, const void *scale, const void *begins, const void *columns,
-                         const void *values, long rows, long quads, const void *panels, const void *offsets, const void *scales,
-                         long outputs, void *out, int threads) {
-  const Rows8 x{(const uint8_t *)codes, (const float *)scale, (const int64_t *)begins, (const int32_t *)columns,
-                (const float *)values};
-  const auto run = [&](auto *to) {
-    for_panels(rows, outputs, threads, [&](long panel, int here, long first, long last) {
-      for (long row = first; row < last; row += kTileRows)
-        with_rows(std::min<long>(kTileRows, last - row), [&](auto count) {
-          tile8<decltype(count)::count>(x, row, quads, (const uint8_t *)panels + panel * quads * 4 * kPanel,
-                                        (const int32_t *)offsets + panel * kPanel, (const float *)scales + panel * kPanel,
-                                        to + panel * kPanel, outputs, here);
-        });
-    });
-  };
-  if (type == 0) run((float *)out);
-  else run((bf16 *)out);
+// begins[t] to begins[t + 1], ascending. panels (P, quads, 48, 4), offsets and scales (P, 48). out (rows, outputs).
+void EXPORT(linear_int8)(const uint8_t *codes, const float *scale, const int64_t *begins, const int32_t *columns, const float *values,
+                         long rows, long quads, const uint8_t *panels, const int32_t *offsets, const float *scales, long outputs,
+                         Element *out, int threads) {
+  const Rows8 x{codes, scale, begins, columns, values};
+#pragma omp parallel num_threads(threads) if (outputs > kPanel || rows > kBlockRows)
+  share_panels(rows, outputs, [&](long panel, int here, long first, long last) {
+    for (long row = first; row < last; row += kTileRows)
+      with_rows(std::min<long>(kTileRows, last - row), [&](auto count) {
+        tile8<decltype(count)::count>(x, row, quads, panels + panel * quads * 4 * kPanel, offsets + panel * kPanel,
+                                      scales + panel * kPanel, out + panel * kPanel, outputs, here);
+      });
+  });
 }
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from waypost.core.errors import ShapeError
 from waypost.kernels import memory
-from waypost.kernels.call import kernels, type_code
+from waypost.kernels.call import kernels
 from waypost.kernels.linear.cpu import PANEL, ROW_TYPES
 from waypost.kernels.linear.quantized import QuantizedWeight
 
@@ -86,8 +86,8 @@ class Int8Panels:
         columns = rows.far.nonzero()[:, 1].to(torch.int32)
         values = rows.wide[rows.far]
         out = torch.empty((len(x), self.outputs), dtype=x.dtype)
-        kernels().linear_int8(
-            type_code(x), codes.data_ptr(), rows.scale.data_ptr(), begins.data_ptr(), columns.data_ptr(), values.data_ptr(),
+        kernels(x).linear_int8(
+            codes.data_ptr(), rows.scale.data_ptr(), begins.data_ptr(), columns.data_ptr(), values.data_ptr(),
             len(x), self.quads, self.panels.data_ptr(), self.offsets.data_ptr(), self.scales.data_ptr(), self.outputs,
             out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip

@@ -1,19 +1,13 @@
 // x W^T for weights in bfloat16, rows in bfloat16 or float32.
 
+#include "linear.h"
+
 #include <vector>
 
 #include "panels.h"
 
 namespace waypost {
 namespace {
-
-template <class X>
-void linear(const X *x, long rows, long pairs, const Pair *panels, long outputs, X *out, int threads) {
-  for_panels(rows, outputs, threads, [&](long panel, int here, long first, long last) {
-    tiles(x + first * pairs * 2, last - first, pairs, panels + panel * pairs * kPanel, out + first * outputs + panel * kPanel,
-          outputs, here);
-  });
-}
 
 // Row i of the sixteen becomes lane i, in four exchanges of ever larger squares beside the diagonal.
 template <int S> inline void exchange(VecU (&rows)[kLanes]) {
@@ -61,6 +55,17 @@ void linear_plain(const X *x, long rows, long pairs, const Pair *weight, long ou
 }
 
 }  // namespace
+
+template <class X> void share_linear(const X *x, long rows, long pairs, const Pair *panels, long outputs, X *out) {
+  const long size = pairs * kPanel, last_panel = (outputs - 1) / kPanel;
+  share_panels(rows, outputs, [&](long panel, int here, long first, long last) {
+    const Pair *weights = panels + panel * size;
+    tiles(x + first * pairs * 2, last - first, pairs, weights, out + first * outputs + panel * kPanel, outputs, here,
+          panel < last_panel ? weights + size : nullptr);
+  });
+}
+template void share_linear(const Element *, long, long, const Pair *, long, Element *);
+
 }  // namespace waypost
 
 using namespace waypost;
@@ -68,21 +73,20 @@ using namespace waypost;
 extern "C" {
 
 // weight (outputs, 2 * pairs) bfloat16 -> (panels, pairs, 48, 2), the last panel filled with zeros.
-void waypost_pack_panels(const void *weight, long outputs, long pairs, void *panels, int threads) {
+void EXPORT(pack_panels)(const Pair *weight, long outputs, long pairs, Pair *panels, int threads) {
   const long count = (outputs + kPanel - 1) / kPanel;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (long p = 0; p < count; ++p) pack_panel((const Pair *)weight, outputs, pairs, p, (Pair *)panels + p * pairs * kPanel);
+  for (long p = 0; p < count; ++p) pack_panel(weight, outputs, pairs, p, panels + p * pairs * kPanel);
 }
 
-// As waypost_linear, over a plain weight (outputs, 2 * pairs); the same bits.
-void waypost_linear_plain(int type, const void *x, long rows, long pairs, const void *weight, long outputs, void *out, int threads) {
-  if (type == 0) linear_plain((const float *)x, rows, pairs, (const Pair *)weight, outputs, (float *)out, threads);
-  else linear_plain((const bf16 *)x, rows, pairs, (const Pair *)weight, outputs, (bf16 *)out, threads);
+// As linear, over a plain weight (outputs, 2 * pairs); the same bits.
+void EXPORT(linear_plain)(const Element *x, long rows, long pairs, const Pair *weight, long outputs, Element *out, int threads) {
+  linear_plain(x, rows, pairs, weight, outputs, out, threads);
 }
 
-// x (rows, 2 * pairs) -> out (rows, outputs), both contiguous and of one type: 0 float32, 1 bfloat16.
-void waypost_linear(int type, const void *x, long rows, long pairs, const void *panels, long outputs, void *out, int threads) {
-  if (type == 0) linear((const float *)x, rows, pairs, (const Pair *)panels, outputs, (float *)out, threads);
-  else linear((const bf16 *)x, rows, pairs, (const Pair *)panels, outputs, (bf16 *)out, threads);
+// x (rows, 2 * pairs) -> out (rows, outputs), both contiguous.
+void EXPORT(linear)(const Element *x, long rows, long pairs, const Pair *panels, long outputs, Element *out, int threads) {
+#pragma omp parallel num_threads(threads) if (outputs > kPanel || rows > kBlockRows)
+  share_linear(x, rows, pairs, panels, outputs, out);
 }
 }

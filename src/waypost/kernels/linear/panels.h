@@ -116,10 +116,4 @@ template <class F> inline void share_panels(long rows, long outputs, F f) {
   }
 }
 
-// The same in a region of its own.
-template <class F> inline void for_panels(long rows, long outputs, int threads, F f) {
-#pragma omp parallel num_threads(threads) if (outputs > kPanel || rows > kBlockRows)
-  share_panels(rows, outputs, f);
-}
-
 }  // namespace waypost

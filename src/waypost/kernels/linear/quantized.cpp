@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "quantized.h"
+#include "panels.h"
 
 namespace waypost {
 namespace {
@@ -144,32 +144,32 @@ void pack(const uint32_t *weight, long outputs, long words, long pairs, long gro
 }
 
 }  // namespace
-
-void share_quantized(int bits, const bf16 *x, long rows, long pairs, const void *panels, const void *scales, long group_pairs,
-                     long outputs, bf16 *out) {
-  const auto call = bits == 4 ? share<4> : share<8>;
-  call(x, rows, pairs, (const uint8_t *)panels, (const bf16 *)scales, group_pairs, outputs, out);
-}
-
 }  // namespace waypost
 
 using namespace waypost;
 
 extern "C" {
 
-// x (rows, 2 * pairs) bfloat16 -> out (rows, outputs). panels (P, blocks) in the layout above; scales (P, pairs / group_pairs, 48)
-// bfloat16, those past the last output zero.
-void waypost_linear_quantized(int bits, const void *x, long rows, long pairs, const void *panels, const void *scales,
-                              long group_pairs, long outputs, void *out, int threads) {
+// This thread's share of x (rows, 2 * pairs) -> out (rows, outputs), inside a parallel region; the threads meet at the end. panels
+// (P, blocks) in the layout above; scales (P, pairs / group_pairs, 48), those past the last output zero.
+void EXPORT(share_quantized)(int bits, const bf16 *x, long rows, long pairs, const void *panels, const void *scales, long group_pairs,
+                             long outputs, bf16 *out) {
+  const auto call = bits == 4 ? share<4> : share<8>;
+  call(x, rows, pairs, (const uint8_t *)panels, (const bf16 *)scales, group_pairs, outputs, out);
+}
+
+// The same in a region of its own.
+void EXPORT(linear_quantized)(int bits, const bf16 *x, long rows, long pairs, const void *panels, const void *scales, long group_pairs,
+                              long outputs, bf16 *out, int threads) {
 #pragma omp parallel num_threads(threads) if (outputs > kPanel || rows > kBlockRows)
-  share_quantized(bits, (const bf16 *)x, rows, pairs, panels, scales, group_pairs, outputs, (bf16 *)out);
+  EXPORT(share_quantized)(bits, x, rows, pairs, panels, scales, group_pairs, outputs, out);
 }
 
 // weight (outputs, words) in 32-bit words of 32 / bits inputs each, q + 2^(bits - 1), the first input in the lowest bits ->
 // panels.
-void waypost_pack_quantized(int bits, const void *weight, long outputs, long words, long pairs, long group_pairs, void *panels,
+void EXPORT(pack_quantized)(int bits, const uint32_t *weight, long outputs, long words, long pairs, long group_pairs, uint32_t *panels,
                             int threads) {
   const auto call = bits == 4 ? pack<4> : pack<8>;
-  call((const uint32_t *)weight, outputs, words, pairs, group_pairs, (uint32_t *)panels, threads);
+  call(weight, outputs, words, pairs, group_pairs, panels, threads);
 }
 }

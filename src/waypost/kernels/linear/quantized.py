@@ -97,7 +97,7 @@ class QuantizedPanels:
         count, groups = -(-self.outputs // PANEL), scale.shape[1]
         blocks = groups * -(-group_pairs * self.bits // 32)
         self.panels = memory.empty((count, blocks, 2 * PANEL), torch.int32)
-        kernels().pack_quantized(
+        kernels(scale).pack_quantized(
             self.bits, words.data_ptr(), self.outputs, words.shape[1], pairs, group_pairs, self.panels.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -114,7 +114,7 @@ class QuantizedPanels:
             raise ShapeError(f"rows {tuple(x.shape)} of {x.dtype}; this weight takes (T, {self.inputs}) in bfloat16")
         x = x.contiguous()
         out = torch.empty((x.shape[0], self.outputs), dtype=x.dtype)
-        kernels().linear_quantized(
+        kernels(x).linear_quantized(
             self.bits, x.data_ptr(), x.shape[0], self.inputs // 2, self.panels.data_ptr(), self.scales.data_ptr(),
             self.group_size // 2, self.outputs, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from waypost.core.errors import ShapeError
-from waypost.kernels.call import kernels, rows_of, type_code
+from waypost.kernels.call import kernels, rows_of
 from waypost.kernels.low_rank.factors import Factors
 
 
@@ -17,8 +17,8 @@ def low_rank(x: Tensor, y: Tensor, which: Tensor, factors: Sequence[Factors]) ->
     if x.dtype != y.dtype or which.dtype != torch.int32:
         raise ShapeError(f"rows in {x.dtype} and {y.dtype} with indices in {which.dtype}; give one dtype, and int32")
     x, out = rows_of(x), y.clone(memory_format=torch.contiguous_format)
-    kernels().low_rank(
-        type_code(x), x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), out.shape[1], which.data_ptr(),
+    kernels(x).low_rank(
+        x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), out.shape[1], which.data_ptr(),
         len(x), (c_void_p * len(factors))(*(each.pointer for each in factors)), torch.get_num_threads(),
     )  # fmt: skip
     return out

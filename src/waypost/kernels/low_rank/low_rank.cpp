@@ -79,10 +79,7 @@ void rows(const T *x, long x_stride, long inputs, T *y, long y_stride, long outp
 
 using namespace waypost;
 
-extern "C" void waypost_low_rank(int type, const void *x, long x_stride, long inputs, void *y, long y_stride, long outputs,
+extern "C" void EXPORT(low_rank)(const Element *x, long x_stride, long inputs, Element *y, long y_stride, long outputs,
                                  const int32_t *which, long count, const void *const *factors, int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    rows<T>((const T *)x, x_stride, inputs, (T *)y, y_stride, outputs, which, count, (const Factors *const *)factors, threads);
-  });
+  rows(x, x_stride, inputs, y, y_stride, outputs, which, count, (const Factors *const *)factors, threads);
 }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from waypost.kernels.call import WIDE, kernels, type_code
+from waypost.kernels.call import WIDE, kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -19,8 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> Tensor:
     out, width = torch.empty_like(x), x.shape[-1]
-    kernels().rms_norm_forward(
-        type_code(x), x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps, out.data_ptr(),
+    kernels(x).rms_norm_forward(
+        x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps, out.data_ptr(),
         None if scale is None else scale.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -46,8 +46,8 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         grad_out = grad[0].contiguous()
         grad_x, grad_weight, width = torch.empty_like(x), torch.empty_like(weight), x.shape[-1]
-        kernels().rms_norm_backward(
-            type_code(x), x.data_ptr(), weight.data_ptr(), scale.data_ptr(), grad_out.data_ptr(), x.numel() // width, width,
+        kernels(x).rms_norm_backward(
+            x.data_ptr(), weight.data_ptr(), scale.data_ptr(), grad_out.data_ptr(), x.numel() // width, width,
             grad_x.data_ptr(), grad_weight.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, grad_weight, None

@@ -58,20 +58,13 @@ using namespace waypost;
 
 extern "C" {
 
-void waypost_rms_norm_forward(int type, const void *x, const void *weight, long rows, int width, double eps, void *out,
-                              void *scale, int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    forward<T>((const T *)x, (const T *)weight, rows, width, eps, (T *)out, (Wide<T> *)scale, threads);
-  });
+void EXPORT(rms_norm_forward)(const Element *x, const Element *weight, long rows, int width, double eps, Element *out,
+                              Wide<Element> *scale, int threads) {
+  forward(x, weight, rows, width, eps, out, scale, threads);
 }
 
-void waypost_rms_norm_backward(int type, const void *x, const void *weight, const void *scale, const void *grad, long rows,
-                               int width, void *grad_x, void *grad_weight, int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    backward<T>((const T *)x, (const T *)weight, (const Wide<T> *)scale, (const T *)grad, rows, width, (T *)grad_x,
-                (T *)grad_weight, threads);
-  });
+void EXPORT(rms_norm_backward)(const Element *x, const Element *weight, const Wide<Element> *scale, const Element *grad, long rows,
+                               int width, Element *grad_x, Element *grad_weight, int threads) {
+  backward(x, weight, scale, grad, rows, width, grad_x, grad_weight, threads);
 }
 }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from waypost.kernels.call import kernels, rows_of, type_code
+from waypost.kernels.call import kernels, rows_of
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -21,8 +21,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     x = rows_of(x)
     rows, heads, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype)
-    kernels().rope(
-        type_code(x), x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), rows, heads, width, sign,
+    kernels(x).rope(
+        x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), rows, heads, width, sign,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out

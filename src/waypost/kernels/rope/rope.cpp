@@ -20,10 +20,7 @@ void rotate(const T *x, long stride, const float *cosine, const float *sine, int
 
 using namespace waypost;
 
-extern "C" void waypost_rope(int type, const void *x, long stride, const float *cosine, const float *sine, int rows, int heads,
-                             int width, float sign, void *out, int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    rotate<T>((const T *)x, stride, cosine, sine, rows, heads, width, sign, (T *)out, threads);
-  });
+extern "C" void EXPORT(rope)(const Element *x, long stride, const float *cosine, const float *sine, int rows, int heads, int width,
+                             float sign, Element *out, int threads) {
+  rotate(x, stride, cosine, sine, rows, heads, width, sign, out, threads);
 }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from waypost.kernels.call import kernels, type_code
+from waypost.kernels.call import kernels
 
 
 def squared_norm(x: Tensor) -> float:
     x = x.contiguous()
-    return float(kernels().squared_norm(type_code(x), x.data_ptr(), x.numel(), torch.get_num_threads()))
+    return float(kernels(x).squared_norm(x.data_ptr(), x.numel(), torch.get_num_threads()))

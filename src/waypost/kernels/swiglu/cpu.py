@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from waypost.kernels.call import kernels, rows_of, type_code
+from waypost.kernels.call import kernels, rows_of
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -19,8 +19,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype)
-    kernels().swiglu_forward(
-        type_code(gate), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), *gate.shape, out.data_ptr(),
+    kernels(gate).swiglu_forward(
+        gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), *gate.shape, out.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -43,8 +43,8 @@ class _Swiglu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad_out = grad[0].contiguous()
         grad_gate, grad_up = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
-        kernels().swiglu_backward(
-            type_code(gate), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), grad_out.data_ptr(),
+        kernels(gate).swiglu_backward(
+            gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), grad_out.data_ptr(),
             *gate.shape, grad_gate.data_ptr(), grad_up.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return grad_gate, grad_up

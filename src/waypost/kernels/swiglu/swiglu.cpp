@@ -34,20 +34,13 @@ using namespace waypost;
 
 extern "C" {
 
-void waypost_swiglu_forward(int type, const void *gate, long gate_stride, const void *up, long up_stride, long rows, int width,
-                            void *out, int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    forward<T>((const T *)gate, gate_stride, (const T *)up, up_stride, rows, width, (T *)out, threads);
-  });
+void EXPORT(swiglu_forward)(const Element *gate, long gate_stride, const Element *up, long up_stride, long rows, int width,
+                            Element *out, int threads) {
+  forward(gate, gate_stride, up, up_stride, rows, width, out, threads);
 }
 
-void waypost_swiglu_backward(int type, const void *gate, long gate_stride, const void *up, long up_stride, const void *grad,
-                             long rows, int width, void *grad_gate, void *grad_up, int threads) {
-  with_type(type, [&](auto *tag) {
-    typedef std::remove_reference_t<decltype(*tag)> T;
-    backward<T>((const T *)gate, gate_stride, (const T *)up, up_stride, (const T *)grad, rows, width, (T *)grad_gate,
-                (T *)grad_up, threads);
-  });
+void EXPORT(swiglu_backward)(const Element *gate, long gate_stride, const Element *up, long up_stride, const Element *grad, long rows,
+                             int width, Element *grad_gate, Element *grad_up, int threads) {
+  backward(gate, gate_stride, up, up_stride, grad, rows, width, grad_gate, grad_up, threads);
 }
 }

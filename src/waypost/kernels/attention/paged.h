@@ -1,0 +1,71 @@
+// Attention over pages as its callers see it: what a call consists of, how its rows are cut into work, and the writing of pages.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../common.h"
+
+namespace waypost {
+
+constexpr int P = kLanes;
+// The softmax works on blocks of four pages, at absolute multiples of 64 keys.
+constexpr int N = 4, K = N * P;
+
+struct Shape {
+  int heads, groups, width;
+  int share() const { return heads / groups; }
+  int padded() const { return (width + P - 1) / P * P; }
+};
+
+struct Item {
+  int sequence, begin, end;  // rows of the batch
+};
+
+// Blocks of rows, long sequences cut so that every thread finds work and a page is reused by about 64 queries.
+inline std::vector<Item> cut(const int32_t *starts, int sequences, int rows_per_item) {
+  std::vector<Item> items;
+  for (int s = 0; s < sequences; ++s)
+    for (int row = starts[s]; row < starts[s + 1]; row += rows_per_item)
+      items.push_back({s, row, std::min(row + rows_per_item, starts[s + 1])});
+  return items;
+}
+inline int rows_per_item(int share) { return share >= 16 ? 4 : 60 / share / 4 * 4; }
+
+// One call: q (T, H, D) with a row stride, out (T, H, D), lse (T, H) or null.
+template <class T> struct Paged {
+  const T *q;
+  long q_stride;
+  const T *k_pages, *v_pages;
+  const int32_t *table;
+  int table_width;
+  const int32_t *starts, *context;
+  int sequences;
+  Shape shape;
+  Wide<T> scale;
+  int window;
+  T *out;
+  Wide<T> *lse;
+
+  std::vector<Item> items() const { return cut(starts, sequences, rows_per_item(shape.share())); }
+  int position(const Item &item) const { return context[item.sequence] + item.begin - starts[item.sequence]; }
+  int first_key(int position) const { return window > 0 ? std::max(0, position - window + 1) / K * K : 0; }
+  long page(const Item &item, int key, int g) const {
+    return (long)table[(long)item.sequence * table_width + key / P] * shape.groups + g;
+  }
+};
+
+// Stores one head's key, or value, of a row at (page, lane) = (slot / 16, slot % 16).
+template <class T> inline void write_key(const T *k, T *k_pages, long slot, int g, int groups, int width) {
+  T *page = k_pages + (slot / P * groups + g) * width * P + slot % P;
+  for (int d = 0; d < width; ++d) page[d * P] = k[d];
+}
+template <class T> inline void write_value(const T *v, T *v_pages, long slot, int g, int groups, int width) {
+  std::memcpy(v_pages + ((slot / P * groups + g) * P + slot % P) * width, v, width * sizeof(T));
+}
+
+// This thread's share of the blocks of rows `items` and the key/value heads, inside a parallel region; the threads meet at the end.
+// Defined in forward.cpp for the element type at hand.
+template <class T> void share_attention(const Paged<T> &call, const std::vector<Item> &items);
+
+}  // namespace waypost
