@@ -76,11 +76,42 @@ def test_lamb_equals_the_equation_in_float64() -> None:
         torch.testing.assert_close(got[name].double(), want, rtol=2e-6, atol=2e-6)  # a few roundings of 2^-24
 
 
-def test_lamb_without_its_ratio_is_adamw() -> None:
-    fields = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-    ours, want = walk(Lamb(adapt=False, **fields)), walk(AdamW(**fields))
+ADAM = st.fixed_dictionaries(
+    {"lr": st.floats(0, 0.1), "beta1": st.floats(0, 0.95), "beta2": st.floats(0, 0.999), "eps": st.floats(1e-8, 1e-2),
+     "weight_decay": st.floats(0, 0.5)}
+)  # fmt: skip
+
+
+@given(ADAM, st.floats(0.1, 2))
+@settings(max_examples=20, deadline=None)
+def test_lamb_without_its_ratio_is_adamw(fields: dict[str, float], clip: float) -> None:
+    ours, want = walk(Lamb(adapt=False, **fields), clip=clip), walk(AdamW(**fields), clip=clip)
     for name, value in want.items():
-        torch.testing.assert_close(ours[name], value, rtol=2e-6, atol=2e-7)  # another order of the same operations
+        torch.testing.assert_close(ours[name], value, rtol=2e-6, atol=1e-6)  # another order of the same operations
+
+
+@given(ADAM, st.floats(0.01, 0.5), st.floats(0.1, 20), st.floats(1e-3, 1e3))
+@settings(max_examples=20, deadline=None)
+def test_lamb_moves_a_matrix_by_a_share_of_its_norm(fields: dict[str, float], lr: float, top: float, scale: float) -> None:
+    """Whatever the gradient and the moments: |step| = lr min(|x|, max_norm), measured on a difference of float32 numbers."""
+    named = parameters()
+    optimizer = Lamb(**{**fields, "lr": lr}, max_norm=top).build(named)
+    for step in range(2):
+        before = {name: parameter.detach().clone() for name, parameter in named}
+        for name, parameter in named:
+            parameter.grad = gradients(step, scale)[name]
+        optimizer.step()
+        for name, parameter in named:
+            if parameter.dim() == 2:
+                moved, size = float((parameter.detach() - before[name]).norm()), float(before[name].norm())
+                assert moved == pytest.approx(lr * min(size, top), rel=1e-3), name
+
+
+@given(ADAM, st.floats(0.1, 2))
+@settings(max_examples=20, deadline=None)
+def test_muon_of_no_matrix_is_adamw_to_the_bit(fields: dict[str, float], clip: float) -> None:
+    ours, want = walk(Muon(adamw=["*"], rest=AdamW(**fields)), clip=clip), walk(AdamW(**fields), clip=clip)
+    assert all(torch.equal(ours[name], value) for name, value in want.items())
 
 
 @given(st.floats(1e-2, 1e4))

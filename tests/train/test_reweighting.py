@@ -14,9 +14,11 @@ from torch import Tensor
 
 from waypost.core.batch import Batch
 from waypost.core.errors import ConfigError, NumericsError
+from waypost.core.rng import stream_seed
 from waypost.model.decoder import Decoder
 from waypost.model.head import token_log_probs
 from waypost.testing.frozen import difference, frozen
+from waypost.train.accounting import step_line
 from waypost.train.batch_sizes.fixed import Fixed
 from waypost.train.memory import Plain
 from waypost.train.objectives import Causal, Objective, Ul2
@@ -70,6 +72,19 @@ def test_a_scale_and_a_shift_of_all_losses_change_nothing(given: list[tuple[floa
     assert torch.allclose(found[0], found[1], rtol=1e-8)
 
 
+@given(LOSSES, st.sampled_from(STRATEGIES), st.floats(0.05, 50), st.floats(0.01, 20), st.integers(0, 10**9))
+def test_equal_losses_and_an_infinite_temperature_count_alike(
+    given: list[tuple[float, int]], strategy: Any, r: float, loss: float, tokens: int
+) -> None:
+    """The neutral settings, to the bit."""
+    losses, weights = (torch.tensor(column, dtype=torch.float64) for column in zip(*given, strict=True))
+    alike = LossBased(strategy=strategy, temperature=r).factors(torch.full_like(losses, loss), weights)
+    infinite = LossBased(strategy=strategy, temperature=None)
+    assert torch.equal(alike, torch.ones_like(losses))
+    assert torch.equal(infinite.factors(losses, weights), torch.ones_like(losses))
+    assert not infinite.active(tokens)
+
+
 def trainer(
     reweighting: LossBased | None, micro_rows: int = ROWS, objective: Objective | None = None, rows: Any = None
 ) -> Trainer:
@@ -109,16 +124,16 @@ def test_equal_losses_are_plain_cross_entropy_to_the_bit() -> None:
     assert difference(frozen(found), frozen(want)) is None
 
 
-def whole_step(model: Decoder, technique: LossBased) -> tuple[float, dict[str, Tensor], list[float]]:
+def whole_step(model: Decoder, technique: LossBased, batch: Batch) -> tuple[float, dict[str, Tensor], list[float]]:
     """The step's loss and gradient by autograd over all rows at once, in float64, from the equation."""
-    batch = Rows().batch(0, ROWS)
     assert batch.weights is not None
-    losses, weights, means = -token_log_probs(model, batch).double(), batch.weights.double(), []
+    losses, weights = -token_log_probs(model, batch).double(), batch.weights.double()
     spans = list(zip(batch.starts[:-1].tolist(), batch.starts[1:].tolist(), strict=True))
-    for a, b in spans:
-        means.append(float((losses[a:b] * weights[a:b]).sum() / weights[a:b].sum()))
     counts = [float(weights[a:b].sum()) for a, b in spans]
-    factors = reference(means, counts, technique.strategy, 0.4)
+    counting = [i for i, count in enumerate(counts) if count > 0]
+    means = [float((losses[a:b] * weights[a:b]).sum()) / counts[i] for i, (a, b) in enumerate(spans) if i in counting]
+    found = reference(means, [counts[i] for i in counting], technique.strategy, 0.4)
+    factors = [found[counting.index(i)] if i in counting else 0.0 for i in range(len(spans))]
     wide = model.double()
     h = torch.log_softmax(wide(batch), -1)[torch.arange(batch.num_tokens), batch.targets]
     each = torch.cat([torch.full((b - a,), f, dtype=torch.float64) for (a, b), f in zip(spans, factors, strict=True)])
@@ -132,14 +147,19 @@ def whole_step(model: Decoder, technique: LossBased) -> tuple[float, dict[str, T
 def test_the_step_is_the_equation_over_the_whole_batch(micro_rows: int) -> None:
     """However it is cut into micro-batches; float32 sums in another order, 1e-5 of the largest entry."""
     technique = LossBased(temperature=0.4)
-    loss, want, (norm,) = whole_step(named("tied", "fp32"), technique)
-    report, found = stepped(trainer(technique, micro_rows))
+    report = same_step(stepped(trainer(technique, micro_rows)), technique, Rows().batch(0, ROWS))
+    assert report.loss != report.extra["unweighted_loss"]
+    assert 0.0 < report.extra["effective_tokens_frac"] < 1.0
+
+
+def same_step(step: tuple[StepReport, dict[str, Tensor]], technique: LossBased, batch: Batch) -> StepReport:
+    """The report of a step whose loss and gradient are those of `batch` by the equation."""
+    (report, found), (loss, want, (norm,)) = step, whole_step(named("tied", "fp32"), technique, batch)
     assert report.loss == pytest.approx(loss, rel=1e-5)
     assert report.grad_norm == pytest.approx(norm, rel=1e-4)
     for name, gradient in want.items():
         assert float((found[name] - gradient).abs().max()) <= 2e-5 * max(1.0, float(gradient.abs().max())), name
-    assert report.loss != report.extra["unweighted_loss"]
-    assert 0.0 < report.extra["effective_tokens_frac"] < 1.0
+    return report
 
 
 class Table(World):
@@ -188,16 +208,37 @@ def test_a_loss_that_is_not_finite_is_the_step_s_to_report() -> None:
 
 
 def test_it_composes_with_another_objective() -> None:
-    report, _ = stepped(trainer(LossBased(), 4, Ul2(first_special=280), rows=Low()))
-    assert report.extra["unweighted_loss"] > report.loss * 0.5
+    """The factors are those of what the objective makes of a sequence, sentinels included, and so is the gradient."""
+    technique, objective = LossBased(temperature=0.4), Ul2(first_special=280)
+    prepared = objective.prepare(Low().batch(0, ROWS), stream_seed(0, "objective"))
+    report = same_step(stepped(trainer(technique, 4, objective, rows=Low())), technique, prepared)
+    assert abs(report.loss - report.extra["unweighted_loss"]) > 1e-3 * report.loss  # a hundred times what is forgiven above
+
+
+def test_bits_per_byte_are_those_of_the_text() -> None:
+    """Unweighted, since a sequence's bytes are counted once; none where what is learned is not all text."""
+
+    def line(reweighting: LossBased | None, objective: Objective) -> dict[str, Any]:
+        run = trainer(reweighting, 4, objective, rows=Low())
+        return step_line(run.step(), run.position, run.model.config, 1e9)
+
+    plain, found = line(None, Causal()), line(LossBased(temperature=0.4), Causal())
+    assert plain["bits_per_byte"] == pytest.approx(plain["loss"] / math.log(2) / 3.0, rel=1e-12)
+    assert found["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-6)  # losses of another batch, float32
+    assert abs(found["loss"] - plain["loss"]) > 1e-3 * plain["loss"]
+    assert "bits_per_byte" not in line(None, Ul2(first_special=280))
+    assert "bits_per_byte" not in line(LossBased(), Ul2(first_special=280))
 
 
 class Low(Rows):
-    """Tokens below 280: the rest is free for special ids."""
+    """Tokens below 280, of three bytes each: the rest is free for special ids."""
 
     def batch(self, first_row: int, num_rows: int) -> Batch:
         batch = super().batch(first_row, num_rows)
-        return Batch(**{**vars(batch), "tokens": batch.tokens % 280, "targets": batch.targets % 280})  # type: ignore[operator]
+        numbers = torch.repeat_interleave(first_row + torch.arange(num_rows), SEQ_LEN)
+        extras = {"row": numbers, "bytes": 3.0 * (batch.weights > 0).double()}  # type: ignore[operator,union-attr]
+        told = {"tokens": batch.tokens % 280, "targets": batch.targets % 280, "token_extras": extras}  # type: ignore[operator]
+        return Batch(**{**vars(batch), **told})
 
 
 def test_bad_settings() -> None:

@@ -16,6 +16,8 @@ Exact     one rank is `single` to the bit; else a float32 gradient is one rank's
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
@@ -28,6 +30,9 @@ from waypost.model.mixer.attention import AttentionMixer
 from waypost.train.parallel._split import need_whole_weights, split_ops
 from waypost.train.parallel.fsdp import Fsdp, shard_model
 from waypost.train.parallel.world import Share, World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 OUTPUTS, INPUTS, EACH = Shard(0), Shard(1), Replicate()
 ATTENTION: dict[str, Placement] = {"q_proj": OUTPUTS, "k_proj": OUTPUTS, "v_proj": OUTPUTS, "o_proj": INPUTS}
@@ -86,6 +91,16 @@ def message_bytes(config: ModelConfig, rows: int, learned: int, item: int) -> in
     return item * config.hidden_size * ((sums + 1) * rows + learned) + 12 * learned + 4 * heads
 
 
+def split_model(model: Decoder, mesh: DeviceMesh) -> None:
+    """Leaves this rank its part of every matrix of `placements`, over the ranks of `mesh`, and operators that add parts up."""
+    for name, placement in placements(model).items():
+        module, _, field = name.rpartition(".")
+        owner = model.get_submodule(module)
+        part = distribute_tensor(owner.get_parameter(field).detach(), mesh, [placement], src_data_rank=None)
+        setattr(owner, field, nn.Parameter(part))
+    model.ops = split_ops(model.ops, mesh.get_group())
+
+
 @technique
 class Tensor:
     ranks: int | None = cost(None)
@@ -100,13 +115,7 @@ class Tensor:
             return Fsdp(reshard_after_forward=self.reshard_after_forward).apply(model, world)
         need_whole_weights(model, "tensor")
         mesh = world.mesh(data=world.size // ranks, tensor=ranks)
-        for name, placement in placements(model).items():
-            module, _, field = name.rpartition(".")
-            owner = model.get_submodule(module)
-            whole = owner.get_parameter(field).detach()
-            part = distribute_tensor(whole, mesh["tensor"], [placement], src_data_rank=None)
-            setattr(owner, field, nn.Parameter(part))
-        model.ops = split_ops(model.ops, mesh["tensor"].get_group())
+        split_model(model, mesh["tensor"])
         if ranks < world.size:
             shard_model(model, mesh["data"], self.reshard_after_forward)
         return None
