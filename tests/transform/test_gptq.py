@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from waypost.core.errors import ConfigError
+from waypost.core.errors import ConfigError, NumericsError
 from waypost.testing.tiny import tiny_checkpoint
 from waypost.transform.quantize import quantize
 from waypost.transform.quantizing import Gptq
-from waypost.transform.quantizing.gptq import SecondMoments, gptq
+from waypost.transform.quantizing.gptq import SecondMoments, gptq, inverse_factor
 from waypost.transform.quantizing.round_to_nearest import round_to_nearest, scales_of
 
 
@@ -112,6 +112,27 @@ def test_an_input_that_the_text_never_uses_keeps_its_weight() -> None:
     x[:, 3] = 0.0
     q, _ = gptq(weight, moments_of(x), 8, 16, 0.01, True)
     assert torch.equal(q[:, 3], round_to_nearest(weight, 8, 16)[0][:, 3])
+
+
+def test_what_cannot_be_inverted_says_what_to_do() -> None:
+    moments = moments_of(normal(8, 128))  # 8 rows say nothing of 120 directions
+    with pytest.raises(NumericsError, match=r"128 inputs has no inverse with damping=1e-20: .* raise damping .* a longer text"):
+        inverse_factor(moments, 1e-20)
+    assert inverse_factor(moments, 0.01).isfinite().all()
+    for broken in (math.nan, math.inf):
+        moments[3, 5] = broken
+        with pytest.raises(NumericsError, match="on the calibration text is not finite"):
+            inverse_factor(moments, 0.01)
+
+
+def test_a_linear_that_cannot_be_quantised_is_named(tmp_path: Path) -> None:
+    source, text = tiny_checkpoint(tmp_path / "source", dtype=torch.bfloat16), tmp_path / "text.txt"
+    text.write_text("the other")
+    recipe = {
+        "source": str(source), "quantizer": {"name": "gptq", "damping": 1e-20}, "calibration": {"path": str(text)},
+    }  # fmt: skip
+    with pytest.raises(NumericsError, match=r"model\.layers\.0\.self_attn\.q_proj: X\^T X"):
+        quantize(recipe, tmp_path / "out")
 
 
 def test_a_folder_made_with_a_text(tmp_path: Path) -> None:

@@ -218,8 +218,6 @@ def test_a_quantizer_is_shown_what_its_linear_is_given(source: Path, tmp_path: P
     (tmp_path / "text.txt").write_text("the other one is in the house and on the hill " * 4)
     watching: dict[str, Any] = {"name": f"{__name__}:Watching"}
     recipe = {"source": str(source), "quantizer": watching, "verify": False}
-    with pytest.raises(ConfigError, match=r"set calibration\.path to a text"):
-        quantize(recipe, tmp_path / "out")
     text = {"path": str(tmp_path / "text.txt"), "max_tokens": 40, "seq_tokens": 20}
     done = quantize({**recipe, "calibration": text}, tmp_path / "out")
     from waypost.model.rows import Rows as Pass
@@ -235,6 +233,34 @@ def test_a_quantizer_is_shown_what_its_linear_is_given(source: Path, tmp_path: P
         h = packed.run(h, [0], rows)
         assert torch.equal(SHOWN[7], norm_of(plain, 1)(h, rows))
     assert len(SHOWN) == 14
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantizer": "gptq"}, r"quantizer: Gptq looks at .* set calibration\.path to a text"),
+        ({"head": "gptq"}, r"head: Gptq looks at"),
+        ({"quantizer": "gptq", "calibration": {"path": "TEXT"}}, "seq_tokens=512: .* and the context of .* is 256"),
+        ({"held_out": {"path": "TEXT"}}, "seq_tokens=512: .* and the context of .* is 256"),
+        ({"held_out": {"path": "TEXT/none"}}, "none"),
+    ],
+)
+def test_a_wrong_text_is_found_before_anything_is_written(
+    source: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the other one is in the house and on the hill " * 30)
+    told = json.loads(json.dumps(change).replace("TEXT", str(text)))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=message):
+        quantize({"source": str(source), "quantizer": RTN, **told}, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_dry_run_says_that_a_text_is_missing(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["transform", "quantize", str(source), "--method", "gptq", "--dry-run"])
+    assert "Gptq looks at what linears are given; set calibration.path" in capsys.readouterr().err
 
 
 def test_what_is_kept_keeps_its_bits(source: Path, tmp_path: Path) -> None:

@@ -132,12 +132,14 @@ class Work:
                 self.linears.append(Linear(name, stem, shape, quantizer))
         if not self.linears:
             raise ConfigError(f"quantize: keep={chosen.keep} leaves no linear of {checkpoint.path} to quantise")
+        asked = {"calibration": chosen.calibration, "held_out": chosen.held_out}
+        self.texts = {key: held_out_batches(checkpoint, text) for key, text in asked.items() if text.path is not None}
         packed = {f"{linear.stem}.weight" for linear in self.linears}
         self.kept = {e.spec.name: e.tensor for e in hf.entries(model) if e.spec.name not in packed}
 
     @staticmethod
     def of(checkpoint: Checkpoint, chosen: QuantizeRecipe) -> Work:
-        """The work that `chosen` makes of a checkpoint: its weights are mapped, none is read yet."""
+        """The work that `chosen` makes of a checkpoint: its weights are mapped, none is read yet; its texts are."""
         from waypost.kernels import select
         from waypost.model import hf
 
@@ -199,6 +201,8 @@ class Work:
         """The linears of one layer, or (layer None) the head."""
         from torch import nn
 
+        from waypost.model.linear.int8 import put
+
         missing = [linear for linear in here if any(spec.name not in done for spec in linear.specs())]
         seen = {linear.stem: linear.quantizer.observe(linear.shape[1]) for linear in missing}
         asked = {linear.module: watch for linear in missing if (watch := seen[linear.stem]) is not None}
@@ -208,11 +212,14 @@ class Work:
             for watch in asked.values():
                 calibration.observe_head(watch)
         for linear in missing:
-            made = linear.quantizer.quantize(self._weight(linear).detach().float(), seen.pop(linear.stem))
+            try:
+                made = linear.quantizer.quantize(self._weight(linear).detach().float(), seen.pop(linear.stem))
+            except NumericsError as error:
+                raise NumericsError(f"{linear.stem}: {error}") from error
             _write(writer, done, linear, made)
         for linear in here:
             if calibration is not None and layer is not None:
-                self._replace(linear, linear.read_back(writer))
+                put(self.model, linear.module, linear.read_back(writer), linear.quantizer.scheme())
             bar.advance(sum(map(num_bytes, linear.specs())), note=linear.stem)
         if calibration is not None and layer is not None:
             calibration.advance(layer)
@@ -223,19 +230,12 @@ class Work:
     def _weight(self, linear: Linear) -> Tensor:
         return self.model.get_submodule(linear.module).weight if linear.module else self.model.output_weight  # type: ignore[return-value]
 
-    def _replace(self, linear: Linear, made: QuantizedWeight) -> None:
-        from waypost.model.linear.int8 import put
-
-        put(self.model, linear.module, made, linear.quantizer.scheme())
-
     def _calibration(self, done: set[str]) -> Calibration | None:
         """The text on its way, where a linear that is not written yet asks for it."""
         missing = [linear for linear in self.linears if any(spec.name not in done for spec in linear.specs())]
         if all(linear.quantizer.observe(linear.shape[1]) is None for linear in missing):
             return None
-        if self.chosen.calibration.path is None:
-            raise ConfigError("quantize: this quantiser looks at what linears are given; set calibration.path to a text")
-        return Calibration(self.model, held_out_batches(self.checkpoint, self.chosen.calibration))
+        return Calibration(self.model, self.texts["calibration"])
 
 
 def _write(writer: StreamingWriter, done: set[str], linear: Linear, made: QuantizedWeight) -> None:

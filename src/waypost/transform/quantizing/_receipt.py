@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from waypost.keep.format import num_bytes
 from waypost.transform import invariant
-from waypost.transform.run import held_out_batches
 
 if TYPE_CHECKING:
     from waypost.keep.streaming import StreamingWriter
@@ -57,7 +56,7 @@ def _held_out(work: Work, output: invariant.PackedWeights) -> dict[str, Any]:
 
     if work.chosen.held_out.path is None:
         return {}
-    batches = held_out_batches(work.checkpoint, work.chosen.held_out)
+    batches = work.texts["held_out"]
     config = work.model.config
     untied = replace(config, tie_word_embeddings=False) if work.has_head else config
     one = evaluate(hf.assemble(config, work.weights, copy=False), batches)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from waypost.core.config import Table, build, override, read_yaml, recipe
+from waypost.core.errors import ConfigError
 from waypost.transform.quantizing import METHODS
 from waypost.transform.recipe import HeldOut
 
@@ -31,6 +32,14 @@ class QuantizeRecipe:
     """Measure the output against the source; false says so in the manifest."""
     probe_tokens: int = 512
     """Tokens of the shipped probe text on which they are compared; it has about 200."""
+
+    def __post_init__(self) -> None:
+        asking = [name for name in ("quantizer", "head") if (q := getattr(self, name)) is not None and q.observe(2) is not None]
+        if asking and self.calibration.path is None:
+            raise ConfigError(
+                f"{asking[0]}: {type(getattr(self, asking[0])).__name__} looks at what linears are given; set calibration.path "
+                "to a text (waypost transform quantize: --calibration TEXT)"
+            )
 
 
 def resolve(given: QuantizeRecipe | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> QuantizeRecipe:

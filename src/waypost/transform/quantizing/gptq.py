@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from waypost.core.config import technique
-from waypost.core.errors import ConfigError
+from waypost.core.errors import ConfigError, NumericsError
 from waypost.model.linear.scheme import Scheme
 from waypost.transform.quantizing.round_to_nearest import nearest_codes, scales_of
 
@@ -45,13 +45,24 @@ class SecondMoments:
 
 
 def inverse_factor(moments: Tensor, damping: float) -> Tensor:
-    """X^T X (K, K) float64 -> U (K, K) float64, upper triangular, with U^T U = (X^T X + damping mean(diag) I)^-1."""
+    """X^T X (K, K) float64 -> U (K, K) float64, upper triangular, with U^T U = (X^T X + damping mean(diag) I)^-1.
+
+    NumericsError where X^T X is not finite, or so near to singular that rounding takes its inverse.
+    """
     import torch
 
+    if not bool(moments.isfinite().all()):
+        raise NumericsError("what the linear is given on the calibration text is not finite; the source's weights are broken")
     diagonal = moments.diagonal()
     missing = torch.where(diagonal == 0, 1.0, 0.0)  # an input that is never used tells nothing of the others
     damped = moments + torch.diag(missing + damping * (diagonal + missing).mean())
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    try:
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    except torch.linalg.LinAlgError as error:
+        raise NumericsError(
+            f"X^T X over {len(moments)} inputs has no inverse with damping={damping}: the calibration text shows too few "
+            "different rows; raise damping (0.01 is usual) or give a longer text"
+        ) from error
 
 
 def gptq(
