@@ -55,6 +55,22 @@ def test_never_negative_and_blind_to_a_constant(seed: int, constant: float) -> N
     torch.testing.assert_close(kl_of_logits(p + constant, q), kl_of_logits(p, q), rtol=1e-9, atol=1e-12)
 
 
+@given(st.integers(0, 2**31), st.floats(-50, 50), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_of_equal_logits_it_is_zero_to_the_bit(seed: int, size: float, dtype: torch.dtype) -> None:
+    """The neutral setting: a model against itself, however sure it is of itself."""
+    logits = (size * torch.randn(4, 13, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    assert kl_of_logits(logits, logits.clone()).tolist() == [0.0] * 4
+
+
+@given(st.integers(0, 2**31), st.integers(1, 10))
+def test_words_that_are_told_apart_no_more_bring_models_closer(seed: int, words: int) -> None:
+    """Data processing: the first `words` + 1 words taken as one, whose probability is their sum."""
+    source = torch.Generator().manual_seed(seed)
+    p, q = (2.0 * torch.randn(3, 11, generator=source, dtype=torch.float64) for _ in range(2))
+    coarse = [torch.cat([x[:, : words + 1].logsumexp(1, keepdim=True), x[:, words + 1 :]], 1) for x in (p, q)]
+    assert bool((kl_of_logits(*coarse) <= kl_of_logits(p, q) + 1e-12).all())
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "it")
     other = hf.load(tiny_checkpoint(tmp_path / "other", tiny_config(vocab_size=300)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,8 +51,24 @@ def test_a_scalar_gain_is_a_vector_of_it_to_the_bit(width: int, gain: float, ker
     torch.testing.assert_close(found[1], found[3], rtol=1e-5, atol=1e-5)  # sums of float32 in another order
 
 
-def test_projections_of_one_are_no_projections() -> None:
-    plain, model = tiny_model(), tiny_model(tiny_config(embedding_projection=True))
+@given(st.integers(1, 40), st.floats(-3, 3), st.floats(1e-2, 1e2), st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_a_norm_with_one_gain_is_the_equation_in_float64(width: int, gain: float, size: float, seed: int) -> None:
+    """gain x / sqrt(mean x^2 + eps), an entry at a time; a few roundings of 2^-24."""
+    norm = build_norm(width, 1e-5, "scalar")
+    torch.nn.init.constant_(norm.weight, gain)
+    x = size * torch.randn(8, width, generator=torch.Generator().manual_seed(seed))
+    got = norm(x, Rows(Batch.of([TOKENS]), select(kernel="naive"))).double()
+    for row, values in zip(got.tolist(), x.double().tolist(), strict=True):
+        root = math.sqrt(math.fsum(v * v for v in values) / width + 1e-5)
+        assert row == pytest.approx([gain * v / root for v in values], rel=1e-5, abs=1e-6)
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=4, deadline=None)
+def test_projections_of_one_are_no_projections(seed: int) -> None:
+    """The neutral setting; two products by the unit matrix, each with a rounding."""
+    plain, model = tiny_model(seed=seed), tiny_model(tiny_config(embedding_projection=True))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.eye(32) if name.endswith("projection.weight") else plain.get_parameter(_plain(name)))

@@ -39,6 +39,14 @@ def test_a_fit_finds_planted_constants(factor: float, power: float, grows: float
         assert getattr(found, name) == pytest.approx(getattr(law, name), rel=1e-6, abs=1e-9)
 
 
+@given(st.floats(1e5, 1e12), st.floats(1e6, 1e14), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_without_exponents_it_says_the_same_of_every_run(parameters: float, tokens: float, lr: float, batch: float) -> None:
+    """The neutral setting: its two factors, which are what any law says of one parameter and one token."""
+    law = StepLaw(lr_factor=lr, lr_parameters=0.0, lr_tokens=0.0, batch_factor=batch, batch_tokens=0.0)
+    assert law.predict(Scale(parameters, tokens)) == {"lr": lr, "batch_tokens": batch}
+    assert StepLaw(lr_factor=lr, batch_factor=batch).predict(Scale(1.0, 1.0)) == {"lr": lr, "batch_tokens": batch}
+
+
 def test_runs_of_one_size_tell_no_law() -> None:
     run = Run(Scale(1e6, 1e8), StepLaw().predict(Scale(1e6, 1e8)))
     with pytest.raises(ConfigError, match="vary parameters and tokens"):

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from train_cases import same_state, tiny_recipe, write_corpus, write_tokenizer
 
 from waypost.core.errors import ConfigError
@@ -15,8 +17,12 @@ from waypost.keep.export import export_weights
 from waypost.keep.reader import Checkpoint
 from waypost.model import hf
 from waypost.model.adapters import Lora
+from waypost.model.adapters.lora import PROJECTIONS
 from waypost.model.peft import read
-from waypost.testing.tiny import tiny_checkpoint, tiny_config
+from waypost.testing.points._shared import noise, token_batch
+from waypost.testing.tiny import tiny_checkpoint, tiny_config, tiny_model
+from waypost.train.memory import Plain
+from waypost.train.objectives import Causal
 from waypost.train.run import train
 
 IDS = list(range(3, 40))
@@ -67,14 +73,54 @@ def test_killed_and_resumed_is_never_stopped(home: Path, tmp_path: Path, precisi
     assert dtypes == {"F32"}, "an adapter is float32 beside any weights"
 
 
-def test_it_begins_as_the_base_model(home: Path) -> None:
-    base, adapted = hf.load(home / "base"), hf.load(home / "base")
-    Lora(r=2).apply(adapted)
+LORAS = st.builds(
+    Lora, r=st.integers(1, 40), alpha=st.floats(0.1, 64), rslora=st.booleans(),
+    target_modules=st.lists(st.sampled_from(PROJECTIONS), min_size=1, unique=True),
+)  # fmt: skip
+
+
+@settings(max_examples=10, deadline=None)
+@given(LORAS, st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_it_begins_as_the_base_model(spec: Lora, seed: int, dtype: torch.dtype) -> None:
+    """The neutral setting, B = 0: the frozen model, bit for bit."""
+    base, adapted = tiny_model(seed=seed, dtype=dtype, kernel="auto"), tiny_model(seed=seed, dtype=dtype, kernel="auto")
+    spec.apply(adapted)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(Lora(r=2).initial_value(name, tuple(parameter.shape), 0))
+                parameter.copy_(spec.initial_value(name, tuple(parameter.shape), seed))
     assert torch.equal(hf.logits(base, IDS), hf.logits(adapted, IDS))
+
+
+@settings(max_examples=8, deadline=None)
+@given(LORAS, st.integers(0, 1000))
+def test_gradients_are_those_of_the_weights_it_stands_for(spec: Lora, seed: int) -> None:
+    """Of W + s B A: dA = s B^T dW and dB = s dW A^T, dW the gradient of a model that has that sum for its weight. Float32
+    sums in another order, 1e-4 of the largest entry."""
+    base, adapted, merged = (tiny_model(seed=seed, kernel="auto") for _ in range(3))
+    spec.apply(adapted)
+    scale = spec.alpha / (spec.r**0.5 if spec.rslora else spec.r)
+    pairs = {}
+    with torch.no_grad():
+        for site, linear in adapted.named_modules():
+            if hasattr(linear, "adapter"):
+                a, b = linear.adapter.lora_A.weight, linear.adapter.lora_B.weight
+                a.copy_(noise(*a.shape, name=f"{site} A") / a.shape[1] ** 0.5)
+                b.copy_(0.1 * noise(*b.shape, name=f"{site} B") / (scale * spec.r**0.5))
+                merged.get_parameter(f"{site}.weight").add_(scale * b @ a)
+                pairs[site] = (a, b)
+    for model in (adapted, merged):
+        Plain().forward_backward(model, token_batch(9, 14), Causal(), 4.0)
+    assert {site.rpartition(".")[2] for site in pairs} == set(spec.target_modules)
+    for name, parameter in adapted.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None, "the base is frozen"
+            assert torch.equal(parameter, base.get_parameter(name))
+    for site, (a, b) in pairs.items():
+        change = merged.get_parameter(f"{site}.weight").grad
+        assert change is not None
+        for got, want in ((a.grad, scale * b.t() @ change), (b.grad, scale * change @ a.t())):
+            assert float((got - want).detach().abs().max()) <= 1e-4 * float(want.detach().abs().max()), site
 
 
 def test_an_engine_says_that_it_leaves_the_adapter_out(

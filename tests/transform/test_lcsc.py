@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -87,6 +88,17 @@ def test_the_result_is_the_best_of_all_that_was_tried(iterations, population, no
 
     found, tried = evolve(loss_of, seeds, iterations, population, noise, random.Random(seed))
     assert known[tuple(found)] == min(tried) <= min(map(loss_of, seeds))
+
+
+@given(st.integers(1, 12), st.floats(0, 1), st.integers(2, 9), st.integers(0, 99))
+def test_without_a_search_the_first_of_the_best_profiles_is_taken_as_it_is(count, decay, population, seed):
+    """The neutral setting is decay 0, the newest checkpoint alone; decay 1 is the plain mean."""
+    assert ema_profile(0.0, count) == [1.0] + [0.0] * (count - 1)
+    assert ema_profile(1.0, count) == [1.0 / count] * count
+    seeds = [ema_profile(d, count) for d in (0.0, decay, 1.0)]
+    for wanted in seeds:
+        found, tried = evolve(partial(math.dist, wanted), seeds, 0, population, 0.5, random.Random(seed))
+        assert (found, len(tried), min(tried)) == (wanted, 3, 0.0)
 
 
 def test_neutral_is_the_newest_checkpoint_bit_for_bit(run, tmp_path):
