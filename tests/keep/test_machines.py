@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ from waypost.core.state import Entry, whole
 from waypost.keep import network
 from waypost.keep.agreement import share_out
 from waypost.keep.erasure import Code
+from waypost.keep.grid import Grid, share_spec
 from waypost.keep.held import Held
 from waypost.keep.image import Image, copies
 from waypost.keep.keeper import Keeper
-from waypost.keep.machines import Found, Grid, find, share_spec
+from waypost.keep.machines import Found, Machines, find
 from waypost.keep.network import Caller, shared_secret
 from waypost.keep.wire import Gone, Line, alive, read_record
 
@@ -107,21 +110,24 @@ class Run:
             for table, mine in zip(tables, jobs, strict=True)
         ]  # fmt: skip
 
-    def open(self, at: int = 0) -> None:
+    def open(self, at: int = 0, addresses: Sequence[Any] | None = None, machines: Sequence[int] | None = None) -> None:
+        """On all machines, or some. `addresses`: what they are told of each other, where that is wrong."""
         shares = self.shares(0)
         code = Code(len(self.homes) - self.parity, self.parity)
         length = Grid.of(code, [Image.of(e.spec for e in share).num_bytes for share in shares]).length
-        agreed = {"addresses": self.addresses, "parity": self.parity, "length": length, "layout": self.layout}
-        for index, (keeper, share) in enumerate(zip(self.keepers, shares, strict=True)):
-            keeper.open(terms(share, at=at, machines={"index": index, **agreed}, whole=[e.spec for e in self.tables(0)[0]]))
+        agreed = {"addresses": addresses or self.addresses, "parity": self.parity, "length": length, "layout": self.layout}
+        for index in range(len(self.homes)) if machines is None else machines:
+            own = terms(shares[index], at=at, machines={"index": index, **agreed}, whole=[e.spec for e in self.tables(0)[0]])
+            self.keepers[index].open(own)
 
     @property
     def addresses(self) -> list[list[Any]]:
         return [read_record(home)["network"] for home in self.homes]
 
-    def begin(self, step: int) -> list[list[Any]]:
-        work = []
-        for keeper, share in zip(self.keepers, self.shares(step), strict=True):
+    def begin(self, step: int, machines: Sequence[int] | None = None) -> list[list[Any]]:
+        work, shares = [], self.shares(step)
+        for index in range(len(self.homes)) if machines is None else machines:
+            keeper, share = self.keepers[index], shares[index]
             memory = keeper.begin(step, FACTS, due=False, wait=True)
             assert memory is not None
             assert keeper.image is not None
@@ -221,6 +227,105 @@ def test_a_bit_flipped_in_one_machine_s_memory_is_made_up_for_by_the_others(tmp_
         held.tensor("cut")
 
 
+def damaged(run: Run, machines: Sequence[int]) -> None:
+    """Every byte that these machines hold of their shares is another; once more, and it is the old one."""
+    for machine in machines:
+        for slot in run.keepers[machine].slots:
+            slot ^= 16
+
+
+def test_shares_damaged_on_as_many_machines_as_there_is_parity_cost_nothing(tmp_path: Path) -> None:
+    """And one beside a lost one: what a damaged machine gives of another's share is passed over."""
+    run = Run(tmp_path, parity=2, count=4)
+    run.open()
+    run.put(1)
+    for pair in ((0, 1), (1, 2), (0, 3)):
+        damaged(run, pair)
+        run.holds(1)
+        damaged(run, pair)
+    run.kill(0)
+    damaged(run, [1])
+    run.holds(1)
+    damaged(run, [2])
+    found = run.found()
+    assert found is not None
+    with pytest.raises(MemoryDamaged, match=r"weight 'cut', rows \d+ to \d+"):
+        found.held(tmp_path, {}).tensor("cut")
+    run.leave()
+
+
+def test_damage_where_the_parity_is_not_coded_yet_is_damage_too(tmp_path: Path) -> None:
+    """What was whole on all machines when the trainers died; so that the next best is taken, not the error returned."""
+    run = Run(tmp_path)
+    run.open(addresses=[*run.addresses[:2], ["127.0.0.4", 1]])  # the third codes its parity, the others cannot
+    work = run.begin(1)
+    for keeper, copied in zip(run.keepers, work, strict=True):
+        keeper.done(1, [copy.run() for copy in copied])
+    until(lambda: [bool(k.call("status")["alone"]) for k in run.keepers] == [True, True, False])
+    until(lambda: run.keepers[2].call("status")["spread"] == 1)
+    damaged(run, [2])
+    held = run.found()
+    assert held is not None
+    with pytest.raises(MemoryDamaged, match=r"weight 'cut', rows 200 to 300"):
+        held.held(tmp_path, {}).tensor("cut")
+    run.leave()
+
+
+def test_a_step_that_could_not_be_coded_is_coded_once_the_machines_answer_again(tmp_path: Path) -> None:
+    """Until then no machine says that its parity is there."""
+    run = Run(tmp_path)
+    run.open()
+    run.put(1)
+    work = run.begin(2)
+    for machine in (0, 1):
+        run.keepers[machine].done(2, [copy.run() for copy in work[machine]])
+    run.keepers[2].close()  # its trainer dies: the others are told at once that there is no step 2
+    until(lambda: all(run.keepers[machine].call("status")["alone"] for machine in (0, 1)))
+    assert [run.keepers[machine].call("status")["spread"] for machine in (0, 1)] == [1, 1]
+    run.leave()
+    again = Run(tmp_path)
+    again.open(at=2, machines=[2])  # the third comes to hold it after all
+    again.keepers[2].done(2, [copy.run() for copy in again.begin(2, machines=[2])[0]])
+    until(lambda: again.keepers[2].call("status")["spread"] == 2)
+    again.open(at=2, machines=[0, 1])
+    until(lambda: all(keeper.call("status")["spread"] == 2 for keeper in again.keepers))
+    again.leave()
+    again.kill(2)
+    again.holds(2)
+
+
+def test_a_machine_that_answers_again_is_called_anew(tmp_path: Path) -> None:
+    """A connection that broke is not used again."""
+    asked = []
+
+    def answer(other: socket.socket) -> None:
+        for attempt in range(2):
+            line = Line(other.accept()[0])
+            network.admit(line, b"secret")
+            with contextlib.suppress(Gone):
+                while attempt or not asked:
+                    request, _ = line.receive()
+                    asked.append(request["call"])
+                    size = request.get("size", 0)
+                    if attempt:
+                        line.send({"ok": {"specs": [], "proofs": [], "bytes": size}})
+                        line.send_bytes(memoryview(bytearray(b"x" * size)))
+            line.close()
+
+    with network.listen("127.0.0.1") as other:
+        threading.Thread(target=answer, args=(other,), daemon=True).start()
+        addresses = [["127.0.0.1", 1], list(other.getsockname())]
+        machines = Machines({"index": 0, "addresses": addresses, "parity": 1, "length": 4096, "layout": "one"}, b"secret")
+        with pytest.raises(Gone, match="the connection was closed"):
+            machines.put(1, -1, {})
+        machines.put(1, -1, {})
+        assert asked == ["part", "part", "piece"]
+        held = memoryview(bytearray(4096))
+        machines.read(1, 0, held)
+        assert bytes(held) == b"x" * 4096, "with one of data, parity is a copy"
+        machines.close()
+
+
 def test_a_machine_that_misses_a_step_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.open()
@@ -261,7 +366,6 @@ def test_whoever_does_not_know_the_secret_is_turned_away(line: bytes, tmp_path: 
 
 def test_a_keeper_that_lies_about_the_secret_is_not_believed(tmp_path: Path) -> None:
     with network.listen("127.0.0.1") as liar:
-        import threading
 
         def answer() -> None:
             line = Line(liar.accept()[0])

@@ -18,13 +18,13 @@ import pytest
 from test_keeping import KEEP, WORKER, common, gone, no_keeper_left
 from train_cases import same_state
 
-from waypost.core.errors import ConfigError
+from waypost.core.errors import CheckpointError, ConfigError
 from waypost.keep.keeper import Keeper
 from waypost.keep.reader import Checkpoint
 from waypost.keep.snapshot import Snapshots
 from waypost.keep.store import Store
 from waypost.keep.wire import alive, read_record
-from waypost.train import keeping
+from waypost.train import across, keeping
 from waypost.train.across import Across
 from waypost.train.crew import Crew
 from waypost.train.keep_recipe import KeepRecipe, PeersRecipe
@@ -204,6 +204,64 @@ def test_keepers_stay_while_a_run_trains_on_without_snapshots(common: dict[str, 
     assert kept.keeper is not None
     assert kept.keeper.call("status")["alone"] is None
     kept.close()
+
+
+class Held:
+    """What a keeper of another machine answers."""
+
+    def __init__(self, number: int, slots: int) -> None:
+        self.address, self.slots = (HOSTS[number], 7), slots
+
+    def call(self, name: str, **fields: Any) -> dict[str, Any]:
+        return {"holdings": {"slots": self.slots}, "part": {"specs": []}}[name]
+
+
+def test_keepers_go_on_with_what_they_hold_if_they_keep_as_many_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another keep.copies they take new memory, which is empty."""
+    world: Any = SimpleNamespace(size=2, rank=0, gather=lambda value: ["0", "1"])
+    for name, value in {"LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    peers = PeersRecipe(data=1, parity=1, hosts=list(HOSTS))
+    for copies, slots, kept in [(2, (2, 2), True), (3, (3, 3), True), (3, (2, 2), False), (2, (2, 3), False)]:
+        crew = Crew.of(KeepRecipe(memory="on", peers=peers, copies=copies), tmp_path, world)
+        assert crew is not None
+        keepers = {number: Held(number, count) for number, count in enumerate(slots)}
+        found: Any = SimpleNamespace(lost=0, grid=SimpleNamespace(code=crew.code), whole=keepers, step=1)
+        assert crew._kept(found, [(host, 7) for host in HOSTS], [[], []]) == kept
+
+
+def test_a_keeper_that_ends_while_it_is_looked_for_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in HOSTS:
+        (tmp_path / "keepers" / host).mkdir(parents=True)
+        (tmp_path / "keepers" / host / "keeper.json").write_text(json.dumps({"network": [host, 7]}))
+    read = across.read_record
+
+    def just_gone(home: Path) -> dict[str, Any]:
+        if home.name == HOSTS[0]:
+            (home / "keeper.json").unlink()
+        return read(home)
+
+    monkeypatch.setattr(across, "read_record", just_gone)
+    assert across.addresses_of(tmp_path) == [(HOSTS[1], 7)]
+
+
+def test_a_rank_that_finds_no_way_to_the_keepers_stops_the_others_too(
+    common: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would wait for it until the deadline."""
+
+    def find(*_: Any) -> None:
+        raise CheckpointError("this rank alone cannot")
+
+    told: list[Any] = []
+    world = World()
+    monkeypatch.setattr(across, "find_across", find)
+    monkeypatch.setattr(world, "gather", lambda value, what="": told.append(value) or [value])
+    with pytest.raises(CheckpointError, match="this rank alone cannot"):
+        Across(resolve({**common, "keep": {}}), tmp_path, world).newest(Store(tmp_path))
+    assert told == [(None, ("CheckpointError", "this rank alone cannot"))]
 
 
 @pytest.mark.parametrize(

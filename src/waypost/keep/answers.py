@@ -22,14 +22,14 @@ def _others(vault: Vault) -> Machines | None:
 
 
 def holdings(vault: Vault) -> Answer:
-    """Which share this is, and the steps of which it is whole, and its parity there."""
+    """Which share this is, of how many steps there is room for, and the steps of which it is whole, and its parity there."""
     with vault.changed:
         others = _others(vault)
         if others is None:
             return {"layout": None}, None
         told = {"layout": others.agreed["layout"], "index": others.index, "length": others.grid.length}
         steps = [slot.step for slot in vault.ledger.slots if slot.whole]
-        return {**told, **vars(others.code), "steps": steps, "spread": sorted(others.held)}, None
+        return {**told, **vars(others.code), "slots": len(vault.fds), "steps": steps, "spread": sorted(others.held)}, None
 
 
 def _slot(vault: Vault, step: int) -> Slot:

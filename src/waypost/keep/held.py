@@ -29,15 +29,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Read = Callable[[int, memoryview], None]
+"""Fills a buffer from a byte of a memory on."""
+
+
 @dataclass(frozen=True)
 class Part:
     """The memory of one keeper: whole tensors, or boxes of them, each laid out as a tensor of its own."""
 
     image: Image
     proofs: Sequence[Proof]
-    reads: Sequence[Callable[[int, memoryview], None]]
-    """Ways to fill a buffer from a byte of the memory on, the next where one is Gone or gives other bytes; called by several
-    threads at once."""
+    reads: Callable[[], Iterable[Read]]
+    """Ways to the bytes of the memory, the next where one is Gone or gives other bytes; by several threads at once."""
     holds: Mapping[Key, tuple[Key, Box]]
     """Tensor of the image -> the tensor of the state, and the box of it, that it is."""
 
@@ -54,14 +57,14 @@ class _Unit:
     """Bytes (start, stop) of the stretch that belong to it."""
     wants: set[str]
     """More than one digest where ranks that hold the same box copied different bytes."""
-    reads: Sequence[Callable[[int, memoryview], None]]
+    reads: Callable[[], Iterable[Read]]
 
     def checked(self, stretch: memoryview, what: str) -> list[memoryview]:
         """Fills `stretch` from the memory and returns the parts of it that are the unit's; MemoryDamaged where they are not
-        what was copied."""
+        what was copied, or too little of it is left."""
         parts = [stretch[a:b] for a, b in self.runs]
-        for read in self.reads:
-            with contextlib.suppress(Gone):
+        for read in self.reads():
+            with contextlib.suppress(Gone, CheckpointError):
                 read(self.start, stretch)
                 hasher = format.hasher()
                 for part in parts:

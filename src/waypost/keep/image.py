@@ -32,6 +32,7 @@ Proof = tuple[str, str, Box, str]
 """(role, name, box, digest): what the bytes of a box were when they were copied. JSON makes lists of the tuples."""
 CHECKERS = 4
 """Threads that compare memory with its proofs."""
+_LOCAL = threading.local()
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,6 @@ def _buffer(num_bytes: int) -> memoryview:
     return memoryview(_LOCAL.buffer)[:num_bytes]
 
 
-_LOCAL = threading.local()
-
-
 def read(fd: int, offset: int, num_bytes: int) -> memoryview:
     """Bytes of a snapshot's memory, in a buffer of their own."""
     buffer = memoryview(bytearray(num_bytes))
@@ -206,6 +204,19 @@ def allocate(num_bytes: int) -> int:
     fd = os.memfd_create("waypost-snapshot", os.MFD_CLOEXEC)
     os.ftruncate(fd, num_bytes)
     return fd
+
+
+def taken(count: int, num_bytes: int) -> list[int]:
+    """`count` memfds of `num_bytes` with all their pages; none is left open where there is no memory for all of them."""
+    fds = [allocate(num_bytes) for _ in range(count)]
+    try:
+        for fd in fds:
+            occupy(fd, num_bytes)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds
 
 
 def occupy(fd: int, num_bytes: int) -> None:

@@ -138,7 +138,8 @@ class Keeper:
         if tree["step"] is None:
             return None
         image = Image.of(specs_of(tree["specs"]))
-        part = Part(image, tree["proofs"], [Memory(fds[0]).read_into], image.itself())
+        memory = Memory(fds[0])
+        part = Part(image, tree["proofs"], lambda: [memory.read_into], image.itself())
         return Held(tree, (placed.spec for placed in image.places.values()), [part], self.folder)
 
     def open(self, terms: Terms) -> None:

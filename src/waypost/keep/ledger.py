@@ -97,9 +97,9 @@ class Ledger:
                 slot.clear()
 
     def rewind(self, step: int) -> None:
-        """Forgets what is whole of steps after `step`: the trainer begins again before them."""
+        """Forgets what is whole of steps after `step`, none of which is being spread: the trainer begins again before them."""
         for slot in self.slots:
-            if slot.step is not None and slot.step > step and not slot.pinned and not slot.spreading:
+            if slot.step is not None and slot.step > step and not slot.pinned:
                 slot.clear()
 
     def next_due(self) -> Slot | None:

@@ -14,104 +14,22 @@ keep it (see `train.keeping`).
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from waypost.core.errors import CheckpointError
-from waypost.core.state import Box, TensorSpec
 from waypost.keep import format
 from waypost.keep.erasure import Code
-from waypost.keep.held import Held, Part
-from waypost.keep.image import Image, Key, allocate, occupy, read_into, specs_of
+from waypost.keep.grid import Grid, holds_of
+from waypost.keep.held import Held, Part, Read
+from waypost.keep.image import Image, read_into, specs_of, taken
 from waypost.keep.network import Address, Caller
 from waypost.keep.wire import Gone
-
-Fetch = Callable[[int, str, int, memoryview], None]
-"""(machine, "data" or "parity", byte, buffer): fills the buffer from what a machine holds."""
-
-
-def share_spec(spec: TensorSpec, box: Box) -> TensorSpec:
-    """A box of a tensor as a tensor of its own, as a machine's share has it."""
-    return TensorSpec(f"{spec.name}@{json.dumps(box)}", spec.dtype, tuple(b - a for a, b in box), spec.role)
-
-
-def holds_of(image: Image) -> dict[Key, tuple[Key, Box]]:
-    """What each tensor of a share is of the state; see `Part.holds`."""
-    found = {}
-    for (role, name), placed in image.places.items():
-        of, _, box = name.rpartition("@")
-        found[role, name] = (role, of), tuple((a, b) for a, b in json.loads(box)) or ((0, 1),) * (not placed.spec.shape)
-    return found
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Which machine holds which stripe of which codeword."""
-
-    code: Code
-    length: int
-    """Bytes of a stripe: those of the largest share, over `data`, rounded up to a page."""
-
-    @staticmethod
-    def of(code: Code, shares: Iterable[int]) -> Grid:
-        """For shares of so many bytes."""
-        stripe = -(-max(shares) // code.data)
-        return Grid(code, max(1, -(-stripe // format.DATA_ALIGNMENT)) * format.DATA_ALIGNMENT)
-
-    @property
-    def size(self) -> int:
-        """Machines, and codewords."""
-        return self.code.data + self.code.parity
-
-    def codewords(self, machine: int) -> list[int]:
-        """The codewords that hold a machine's share, stripe by stripe."""
-        return [j for j in range(self.size) if (machine - j) % self.size >= self.code.parity]
-
-    def places(self, codeword: int) -> list[tuple[int, str, int]]:
-        """(machine, "data" or "parity", first byte there) of a codeword's stripes, by their number in the code."""
-        data = [h for h in range(self.size) if (h - codeword) % self.size >= self.code.parity]
-        parity = [((codeword + i) % self.size, "parity", i * self.length) for i in range(self.code.parity)]
-        return [(h, "data", self.codewords(h).index(codeword) * self.length) for h in data] + parity
-
-    def coded(self, machine: int, number: int, first: int, stop: int, fetch: Fetch) -> memoryview:
-        """Bytes `first` to `stop` of a machine's `number`-th parity stripe, from the others' data."""
-        stripes = self._fetched(self.places((machine - number) % self.size)[: self.code.data], first, stop, fetch)
-        out = memoryview(bytearray(stop - first))
-        self.code.encode(stripes, [out], [self.code.data + number])
-        return out
-
-    def restored(self, machine: int, offset: int, out: memoryview, fetch: Fetch, have: Callable[[int, str], bool]) -> None:
-        """Fills `out` with bytes of a machine's share from `offset` on, from what other machines hold; `have(machine,
-        kind)`: whether they do. CheckpointError where it is too little."""
-        while out:
-            stripe, first = divmod(offset, self.length)
-            stop = min(first + len(out), first + format.TILE_BYTES, self.length)
-            places = self.places(self.codewords(machine)[stripe])
-            left = [n for n, (h, kind, _) in enumerate(places) if h != machine and have(h, kind)][: self.code.data]
-            stripes = dict(zip(left, self._fetched([places[n] for n in left], first, stop, fetch), strict=True))
-            whole = [memoryview(bytearray(stop - first)) for _ in range(self.code.data)]
-            self.code.decode(stripes, whole)
-            out[: stop - first] = whole[next(n for n, (h, _, _) in enumerate(places) if h == machine)]
-            offset, out = offset + stop - first, out[stop - first :]
-
-    @staticmethod
-    def _fetched(places: Sequence[tuple[int, str, int]], first: int, stop: int, fetch: Fetch) -> list[memoryview]:
-        parts = [memoryview(bytearray(stop - first)) for _ in places]
-        with ThreadPoolExecutor(max(1, len(places))) as pool:
-            for _ in pool.map(lambda at: fetch(at[0][0], at[0][1], at[0][2] + first, at[1]), zip(places, parts, strict=True)):
-                pass
-        return parts
-
-    def determined(self, whole: set[int], spread: set[int]) -> bool:
-        """Whether the machines that hold their share `whole`, and those that `spread` parity too, determine all shares."""
-        held = {"data": whole, "parity": spread}
-        lost = {j for machine in set(range(self.size)) - whole for j in self.codewords(machine)}
-        return all(sum(h in held[kind] for h, kind, _ in self.places(j)) >= self.code.data for j in lost)
 
 
 class Machines:
@@ -127,9 +45,7 @@ class Machines:
         self.addresses: list[Address] = [(host, port) for host, port in agreed["addresses"]]
         self.code = Code(len(self.addresses) - agreed["parity"], agreed["parity"])
         self.grid = Grid(self.code, agreed["length"])
-        self._fds = [allocate(self.code.parity * self.grid.length) for _ in range(2)]
-        for fd in self._fds:
-            occupy(fd, self.code.parity * self.grid.length)
+        self._fds = taken(2, self.code.parity * self.grid.length)
         self._callers: dict[int, Caller] = {}
         self.held: dict[int, tuple[int, dict[str, Any]]] = {}
         """Step -> (descriptor of its parity, the other machines' tables and proofs by number)."""
@@ -142,10 +58,10 @@ class Machines:
         self.held.pop(step, None)
         memory = next(fd for fd in self._fds if all(fd != used for used, _ in self.held.values()))
         others = [h for h in range(self.grid.size) if h != self.index]
-        parts = {str(h): dict(self._caller(h).call("part", step=step)) for h in others}
+        parts = {str(h): dict(self._ask(h, "part", step=step)) for h in others}
 
         def fetch(machine: int, kind: str, offset: int, out: memoryview) -> None:
-            self._caller(machine).call("piece", out, step=step, kind=kind, offset=offset, size=len(out))
+            self._ask(machine, "piece", out, step=step, kind=kind, offset=offset, size=len(out))
 
         for number in range(self.code.parity):
             for first in range(0, self.grid.length, format.TILE_BYTES):
@@ -153,10 +69,15 @@ class Machines:
                 os.pwrite(memory, self.grid.coded(self.index, number, first, stop, fetch), number * self.grid.length + first)
         self.held[step] = memory, parts
 
-    def _caller(self, machine: int) -> Caller:
+    def _ask(self, machine: int, name: str, into: memoryview | None = None, **fields: Any) -> Mapping[str, Any]:
+        """A call of another machine. A connection that broke is forgotten: the machine may answer again."""
         if machine not in self._callers:
             self._callers[machine] = Caller(self.addresses[machine], self._secret)
-        return self._callers[machine]
+        try:
+            return self._callers[machine].call(name, into, **fields)
+        except Gone:
+            del self._callers[machine]
+            raise
 
     def read(self, step: int, offset: int, out: memoryview) -> None:
         """Bytes of the parity of a step."""
@@ -212,16 +133,24 @@ class Found:
                 "piece", out, step=self.step, kind=kind, offset=offset, size=len(out)
             )
 
-        def have(h: int, kind: str) -> bool:
-            return h in (self.whole if kind == "data" else self.spread)
+        def have(h: int, kind: str, without: Collection[int]) -> bool:
+            return h not in without and h in (self.whole if kind == "data" else self.spread)
 
-        reads: list[Callable[[int, memoryview], None]] = [
-            lambda offset, out: self.grid.restored(machine, offset, out, fetch, have)
-        ]
-        if machine in self.whole:
-            here = local.get(self.whole[machine].address)
-            reads.insert(0, here or (lambda offset, out: fetch(machine, "data", offset, out)))
+        def reads() -> Iterator[Read]:
+            if machine in self.whole:
+                here = local.get(self.whole[machine].address)
+                yield here or (lambda offset, out: fetch(machine, "data", offset, out))
+            for without in self._left_out(machine):
+                yield partial(self.grid.restored, machine, fetch=fetch, have=partial(have, without=without))
+
         return Part(image, known["proofs"], reads, holds_of(image))
+
+    def _left_out(self, machine: int) -> Iterator[tuple[int, ...]]:
+        """The sets of other machines that a share can be restored without, the smallest first: what one of them gives may be
+        damaged too, and only the share's digests tell."""
+        others = [h for h in range(self.grid.size) if h != machine]
+        spare = self.grid.code.parity - 1 - sum(h not in self.whole for h in others)
+        return itertools.chain.from_iterable(itertools.combinations(others, count) for count in range(max(0, spare) + 1))
 
 
 def find(addresses: Iterable[Address], secret: bytes, skip: Collection[int] = ()) -> tuple[Found | None, list[str]]:

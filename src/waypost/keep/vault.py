@@ -22,7 +22,7 @@ from typing import Any
 from waypost.core.errors import CheckpointError, ConfigError, MemoryDamaged, WaypostError
 from waypost.keep.copying import store_at
 from waypost.keep.erasure import Code, Peers
-from waypost.keep.image import Image, allocate, occupy, specs_of
+from waypost.keep.image import Image, specs_of, taken
 from waypost.keep.ledger import Ledger, Slot
 from waypost.keep.machines import Machines
 from waypost.keep.persist import facts_of, persist
@@ -92,6 +92,9 @@ class Vault:
         sent = self.uploads is None or not self.uploads.busy
         return sent and not any(slot.due or slot.pinned for slot in self.ledger.slots)
 
+    def _spreading(self) -> bool:
+        return any(slot.spreading for slot in self.ledger.slots)
+
     def _make_newest_due(self) -> None:
         newest = self.ledger.newest() if self.disk else None
         if newest is not None and (self.persisted is None or (newest.step or 0) > self.persisted):
@@ -149,6 +152,7 @@ class Vault:
         machines what a `Machines` is made of: this memory is one machine's share
         """
         with self.changed:
+            self.changed.wait_for(lambda: session == self.session or not self._spreading())
             if session != self.session:
                 self.session, self.clients = session, 0
                 self.retry_at, self.failure = 0.0, None  # what the last trainer ran into may be mended
@@ -178,15 +182,16 @@ class Vault:
         return self.peers.agreed if isinstance(self.peers, Machines) else None
 
     def _open_peers(self, peers: dict[str, Any] | None, machines: dict[str, Any] | None, at: int) -> None:
-        self.changed.wait_for(lambda: not any(slot.spreading for slot in self.ledger.slots))
         self.alone = None
         if isinstance(self.peers, Machines) and self.peers.agreed == machines:
-            self.spread_step = min(self.spread_step, at)
             self.peers.rewind(at)
+            self.spread_step = max(self.peers.held, default=-1)
             return
         if self.peers is not None:
             self.peers.close()
-        self.peers, self.spread_step = None if machines is None else Machines(machines, self.secret), -1
+        self.peers, self.spread_step = None, -1
+        if machines is not None:
+            self.peers = Machines(machines, self.secret)
         if peers is not None:
             assert self.image is not None, "a table was opened"
             group = Peers.at([Path(folder) for folder in peers["folders"]], Code(peers["data"], peers["parity"]))
@@ -199,11 +204,10 @@ class Vault:
             raise ConfigError("this keeper holds a snapshot of another table that is not on disk yet")
         for fd in self.fds:
             os.close(fd)
+        self.table, self.ledger, self.fds = [], Ledger(0, 1), []  # if there is no memory for more, nothing is held
         self.image = Image.of(specs_of(specs))
-        self.table, self.ledger, self.fds = specs, Ledger(slots, ranks), []
-        for _ in range(slots):
-            self.fds.append(allocate(self.image.num_bytes))
-            occupy(self.fds[-1], self.image.num_bytes)
+        self.fds = taken(slots, self.image.num_bytes)
+        self.table, self.ledger = specs, Ledger(slots, ranks)
 
     def _check(self, session: str) -> None:
         if session != self.session:
@@ -274,7 +278,7 @@ class Vault:
             self._make_newest_due()
         reply = self.drain()
         with self.changed:
-            self.changed.wait_for(lambda: not any(slot.spreading for slot in self.ledger.slots))
+            self.changed.wait_for(lambda: not self._spreading())
             peers, self.peers = self.peers, None
         if peers is not None:
             peers.finish()
@@ -366,12 +370,14 @@ class Vault:
             except Exception as error:
                 failure = error
             with self.changed:
-                slot.spreading, self.spread_step, self.spread_s = False, slot.step, time.monotonic() - began
+                slot.spreading = False
                 if failure is not None:
                     self._note(f"{failure}. From now on snapshots are in one keeper's memory alone; the next start of the "
                                "run brings new peers up")  # fmt: skip
                     self.alone = str(failure)
-                elif peers.lost > lost:
+                else:
+                    self.spread_step, self.spread_s = slot.step, time.monotonic() - began
+                if failure is None and peers.lost > lost:
                     code = peers.code
                     self._note(f"{peers.lost} of {code.data + code.parity} peers are lost; {code.parity - peers.lost} more may "
                                "go at no cost")  # fmt: skip

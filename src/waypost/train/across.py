@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from waypost.core.errors import CheckpointError
 from waypost.core.progress import say
@@ -20,6 +20,8 @@ from waypost.keep.wire import RECORD, read_record
 from waypost.train.crew import KEEPERS, Crew, Share
 from waypost.train.parallel import World
 from waypost.train.recipe import TrainRecipe
+
+T = TypeVar("T")
 
 
 class Across:
@@ -42,7 +44,8 @@ class Across:
     def newest(self, store: Store) -> Held | None:
         """The state that keepers of several machines hold, if it is newer than the disk's."""
         latest = store.latest()
-        found = find_across(self.folder, -1 if latest is None else latest.step or 0, self._damaged, self.world.rank > 0)
+        newer_than = -1 if latest is None else latest.step or 0
+        found = self._on_all(lambda: find_across(self.folder, newer_than, self._damaged, self.world.rank > 0))
         if len(set(self.world.gather(None if found is None else (found.step, found.layout)))) > 1:
             raise CheckpointError(f"{self.folder}: the ranks reach different keepers of earlier machines; see that every "
                                   "machine reaches the others, or end them all")  # fmt: skip
@@ -50,9 +53,16 @@ class Across:
             return None
         if self.world.rank == 0 and found.lost:
             say(f"{found.lost} of {found.grid.size} machines' keepers are lost; step {found.step} comes from the others")
-        held = found.held(self.folder, {} if self.crew is None else self.crew.local_memory(found.step))
+        local = {} if self.crew is None else self.crew.local_memory(found.step)
+        held = self._on_all(lambda: found.held(self.folder, local))
         self.found, self.metrics = found, held.metrics
         return held
+
+    def _on_all(self, call: Callable[[], T]) -> T:
+        """What `call` gives on this rank, once it went well on all; collective."""
+        mine: list[T] = []
+        self.world.all(self.folder, lambda: mine.append(call()))
+        return mine[0]
 
     def forget(self, step: int, damage: Exception) -> bool:
         """Passes over a step that turned out damaged on more machines than the parity makes up for; False where it is none
@@ -108,8 +118,11 @@ class Across:
 
 
 def addresses_of(folder: Path) -> list[Address]:
-    """Where the keepers of several machines were, if the run ever had any."""
-    records = [read_record(path.parent) for path in sorted((folder / KEEPERS).glob(f"*/{RECORD}"))]
+    """Where the keepers of several machines were, if the run ever had any. One that is just ending is none."""
+    records = []
+    for path in sorted((folder / KEEPERS).glob(f"*/{RECORD}")):
+        with contextlib.suppress(FileNotFoundError):
+            records.append(read_record(path.parent))
     return [(record["network"][0], record["network"][1]) for record in records if "network" in record]
 
 

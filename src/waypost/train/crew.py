@@ -18,9 +18,10 @@ from waypost.core.state import Entry, TensorSpec, whole
 from waypost.keep import disk
 from waypost.keep.agreement import share_out
 from waypost.keep.erasure import Code, zfec
+from waypost.keep.grid import Grid, share_spec
 from waypost.keep.image import Image, Memory, table_of
 from waypost.keep.keeper import Gone, Keeper
-from waypost.keep.machines import Found, Grid, share_spec
+from waypost.keep.machines import Found
 from waypost.keep.network import SECRET, Address, shared_secret
 from waypost.keep.wire import alive, read_record
 from waypost.train.keep_recipe import KeepRecipe
@@ -56,8 +57,8 @@ class Share:
 class Crew:
     """The machines of this run, in the order of the launcher's numbers. Every rank has one."""
 
-    def __init__(self, hosts: Sequence[str], code: Code, folder: Path, world: World) -> None:
-        self.hosts, self.code, self.homes, self.world = hosts, code, folder / KEEPERS, world
+    def __init__(self, hosts: Sequence[str], code: Code, copies: int, folder: Path, world: World) -> None:
+        self.hosts, self.code, self.copies, self.homes, self.world = hosts, code, copies, folder / KEEPERS, world
         self.machine, self.local = int(os.environ["GROUP_RANK"]), int(os.environ["LOCAL_RANK"])
         self.home = self.homes / hosts[self.machine]
 
@@ -85,7 +86,7 @@ class Crew:
                 f"{count} machines; one keeper for each, e.g. data: {count - 1}, parity: 1"
             )
         zfec()
-        return Crew(hosts, Code(keep.peers.data, keep.peers.parity), folder, world)
+        return Crew(hosts, Code(keep.peers.data, keep.peers.parity), keep.copies, folder, world)
 
     def connect(self, idle_s: float) -> Keeper:
         """This machine's keeper, started by its first rank if it is not there. Collective."""
@@ -120,12 +121,14 @@ class Crew:
         return Share(held[self.machine], list(state.values()), jobs[self.world.rank], agreed, ranks, kept)
 
     def _kept(self, found: Found, addresses: Sequence[Any], held: Sequence[Sequence[TensorSpec]]) -> bool:
-        """Whether a state lies with the same keepers, one by one, in the same tables."""
+        """Whether a state lies with the same keepers, one by one, in the same tables, in memory of the same size."""
         if found.lost or found.grid.code != self.code:
             return False
         at = [list(found.whole[machine].address) == list(address) for machine, address in enumerate(addresses)]
         return all(at) and all(
-            found.whole[machine].call("part", step=found.step)["specs"] == table_of(specs) for machine, specs in enumerate(held)
+            found.whole[machine].call("part", step=found.step)["specs"] == table_of(specs)
+            and found.whole[machine].call("holdings")["slots"] == self.copies
+            for machine, specs in enumerate(held)
         )
 
     def local_memory(self, step: int) -> dict[Address, Callable[[int, memoryview], None]]:

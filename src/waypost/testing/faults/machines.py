@@ -17,9 +17,10 @@ from waypost.core.errors import MemoryDamaged
 from waypost.core.state import Entry, whole
 from waypost.keep.agreement import share_out
 from waypost.keep.erasure import Code
+from waypost.keep.grid import Grid, share_spec
 from waypost.keep.image import Image, copies
 from waypost.keep.keeper import Keeper, Terms
-from waypost.keep.machines import Grid, find, share_spec
+from waypost.keep.machines import find
 from waypost.keep.network import SECRET, shared_secret
 from waypost.keep.wire import alive, read_record
 from waypost.testing.faults import state
