@@ -224,6 +224,7 @@ def test_held_out_rows_are_disjoint_from_training_and_complete(lengths: list[int
     assert evaluated
     assert not evaluated & trained
     assert evaluated | trained == set(range(len(documents)))
+    assert (held.kept_documents.tolist(), train.kept_documents.tolist()) == (sorted(evaluated), sorted(trained))
     assert sum(batch.num_tokens for batch in batches) == held.num_tokens == sum(lengths[d] for d in evaluated)
     assert held.num_documents + train.num_documents == len(documents)
     predicted = sum(float(batch.weights.sum()) for batch in batches)
@@ -262,6 +263,7 @@ def test_documents_that_are_too_long(tmp_path: Path) -> None:
         DataStream(shards, seq_len=9, held_out=EVERYTHING)
     dropped = DataStream(shards, seq_len=9, held_out=EVERYTHING, packer=Whole(too_long="drop"))
     assert sorted(set(dropped.batch(0, dropped.num_rows_per_epoch).token_extras["document"].tolist())) == [0, 2, 3]
+    assert dropped.kept_documents.tolist() == [0, 2, 3]
     assert "1 of 4 documents (12 tokens)" in dropped.reports[0]
     split = DataStream(shards, seq_len=9, held_out=EVERYTHING, packer=Whole(too_long="split"))
     assert split.batch(0, split.num_rows_per_epoch).num_tokens == 24
