@@ -11,7 +11,6 @@ Shapes: n tokens of the continuation, V vocab_size.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from waypost.bench.pace import paces
 from waypost.bench.receipt import Options, Receipt, series
 from waypost.bench.train_step import token_rows
 from waypost.core.config import technique
@@ -43,6 +43,7 @@ class KvH2O:
         """One process, an engine a policy; every text on every policy in turn."""
         from waypost.serve.engine import Engine
         from waypost.serve.kv import H2O, Full, KvPolicy
+        from waypost.serve.pages import PagedKv
 
         if options.model is None:
             raise ConfigError("kv.h2o needs --model CHECKPOINT")
@@ -55,7 +56,7 @@ class KvH2O:
         loss: dict[str, list[float]] = {name: [] for name in engines}
         divergence: dict[str, list[float]] = {name: [] for name in engines}
         rows = token_rows(options.model, self.texts, self.prompt_tokens + self.new_tokens)
-        with progress("kv.h2o", self.texts + self.needles + options.repeats, "pieces") as bar:
+        with progress("kv.h2o", self.texts + self.needles + options.repeats + 1, "pieces") as bar:
             for tokens in rows:
                 found = {name: continuation(engine, tokens, self.prompt_tokens) for name, engine in engines.items()}
                 if not torch.equal(found["full"], found["h2o_100"]):
@@ -66,7 +67,10 @@ class KvH2O:
                 bar.advance(note=f"perplexity {math.exp(loss['full'][-1]):.1f} and {math.exp(loss['h2o_20'][-1]):.1f}")
             del engines["h2o_100"]
             recalled = self._recall(engines, options.model, bar)
-            speed = self._speed(engines, rows[0], options.repeats, bar)
+            pair = {name: engines[name] for name in ("full", "h2o_20")}
+            speed = paces(pair, rows[0][: self.prompt_tokens], self.new_tokens, options.repeats, bar.advance)
+            page_mb = PagedKv.page_bytes(engines["full"].model.config, engines["full"].dtype) / 1e6
+            speed |= {f"cache_mb_{name}": speed.pop(f"pages_{name}") * page_mb for name in pair}
         extra = {f"kl_{name}_nats": mean(values) for name, values in divergence.items() if name not in ("full", "h2o_100")}
         extra |= {f"perplexity_{name}": math.exp(mean(values)) for name, values in loss.items() if name != "h2o_100"}
         extra |= {f"recall_{name}": value for name, value in recalled.items()} | speed
@@ -79,6 +83,7 @@ class KvH2O:
             baseline=series("all keys", "perplexity", [math.exp(x) for x in loss["full"]]),
             higher_is_better=False,
             floor=None,
+            over="texts",
             agreement=f"a budget of 100 % gives the logits of all keys to the bit, {self.texts * self.new_tokens} rows",
             command="waypost bench kv.h2o --model CHECKPOINT",
             extra=extra,
@@ -102,33 +107,6 @@ class KvH2O:
                 right[name] += log_p[len(question) :].argmax(-1).tolist() == secret
             bar.advance()
         return {name: count / self.needles for name, count in right.items()}
-
-    def _speed(self, engines: dict[str, Engine], tokens: list[int], repeats: int, bar: Any) -> dict[str, float]:
-        """The best of the rounds, in turn; and the megabytes of pages that one sequence holds after its prompt."""
-        from waypost.serve.pages import PagedKv
-        from waypost.serve.request import Request
-        from waypost.serve.sampling import Sampling
-
-        out: dict[str, float] = {}
-        prompt = tokens[: self.prompt_tokens]
-        page_mb = PagedKv.page_bytes(engines["full"].model.config, engines["full"].dtype) / 1e6
-        for _ in range(repeats):
-            for name in ("full", "h2o_20"):
-                engine = engines[name]
-                engine.submit(Request(prompt, Sampling(temperature=0.0, max_tokens=self.new_tokens, ignore_eos=True)))
-                began = time.perf_counter()
-                while not any(delta.tokens for delta in engine.step()):
-                    pass
-                first = time.perf_counter()
-                out[f"cache_mb_{name}"] = engine.pool.held * page_mb
-                while not engine.idle:
-                    engine.step()
-                rate = (self.new_tokens - 1) / (time.perf_counter() - first)
-                out[f"decode_tokens_s_{name}"] = max(out.get(f"decode_tokens_s_{name}", 0.0), rate)
-                rate = self.prompt_tokens / (first - began)
-                out[f"prefill_tokens_s_{name}"] = max(out.get(f"prefill_tokens_s_{name}", 0.0), rate)
-            bar.advance()
-        return out
 
 
 @dataclass

@@ -31,6 +31,7 @@ class QuantizeGptq:
             bench = Bench(options, Texts(), Path(scratch))
             recipes = self._recipes([bench.texts.calibration(bench.scratch, draw) for draw in range(self.draws)])
             found = bench.distances(recipes)
+            speed = bench.paces(["rtn", "gptq"])
             layouts = [json.loads((bench.scratch / name / "config.json").read_text()) for name in ("rtn", "gptq")]
         if layouts[0] != layouts[1] or found["rtn"].num_bytes != found["gptq"].num_bytes:
             raise NumericsError("quantize.gptq: the two folders are not stored in one layout")
@@ -45,7 +46,8 @@ class QuantizeGptq:
             floor=1.0,
             agreement="equal layouts and bytes; each text has its bits alone as beside another",
             command="waypost bench quantize.gptq --model CHECKPOINT",
-            extra=figures(found),
+            over="texts",
+            extra=figures(found) | speed,
         )
 
     def _recipes(self, calibrations: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

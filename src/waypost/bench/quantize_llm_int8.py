@@ -41,13 +41,13 @@ class QuantizeLlmInt8:
         with tempfile.TemporaryDirectory(prefix="waypost-int8-") as scratch:
             bench = Bench(options, Texts(), Path(scratch))
             found = bench.distances(recipes)
+            speed = bench.paces(["rtn", "int8"])
             loud = self._loud(bench.model, Path(scratch) / "loud")
             again = Bench(replace(options, model=str(loud)), Texts(), Path(scratch) / "of-loud")
             again.scratch.mkdir()
             louder = again.distances({name: recipes[name] for name in ("rtn", "int8", "int8_all_rounded")})
-        extra = figures(found) | {
-            f"loud_{name}": value for name, value in figures(louder).items() if not name.startswith("mb_")
-        }
+        extra = figures(found) | speed
+        extra |= {f"loud_{name}": value for name, value in figures(louder).items() if not name.startswith(("mb_", "made_s_"))}
         return Receipt(
             claim="quantize.llm_int8",
             statement="KL from the model in bfloat16, rows and weights of the linears in 8 bits with entries above 6 in 16, "
@@ -59,6 +59,7 @@ class QuantizeLlmInt8:
             floor=None,
             agreement="each text has its bits alone as beside another",
             command="waypost bench quantize.llm_int8 --model CHECKPOINT",
+            over="texts",
             extra=extra,
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from waypost.bench.pace import paces
 from waypost.bench.receipt import Options
 from waypost.core.config import technique
 from waypost.core.errors import ConfigError, NumericsError
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from waypost.core.batch import Batch
     from waypost.model.decoder import Decoder
 
+PACED_TOKENS = 256
+"""Of the prompt whose speed is measured; a quarter as many are drawn after it."""
 NEIGHBOURS = 48
 """Tokens of two texts that are computed beside each other too."""
 
@@ -65,6 +68,8 @@ class Distance:
     """Nats a token."""
     loss: list[float]
     num_bytes: int
+    made_s: float = 0.0
+    """Seconds that making it took."""
 
     @property
     def kl_stderr(self) -> float:
@@ -90,8 +95,9 @@ class Bench:
         states = [last_states(source, batch) for batch in batches]
         found = {"source": distance(source, states, source, batches, weight_bytes(self.model))}
         for name, recipe in recipes.items():
-            folder = self.make(name, recipe)
-            found[name] = distance(source, states, load(folder), batches, weight_bytes(folder))
+            folder, seconds = self.make(name, recipe)
+            far = distance(source, states, load(folder), batches, weight_bytes(folder))
+            found[name] = replace(far, made_s=seconds)
             say(f"{name}: KL {mean(found[name].kl):.4f}, perplexity {math.exp(mean(found[name].loss)):.3f}")
         return found
 
@@ -102,11 +108,23 @@ class Bench:
             raise ConfigError("claims about quantisers need --model CHECKPOINT")
         return self.options.model
 
-    def make(self, name: str, recipe: Mapping[str, Any]) -> Path:
-        """The folder of a recipe."""
+    def paces(self, names: Sequence[str]) -> dict[str, float]:
+        """What serving costs: the source and the folders `names`, one prompt and one stream, in turn (bench/pace.py)."""
+        from waypost.serve.engine import Engine
+
+        folders = {"source": Path(self.model), **{name: self.scratch / name for name in names}}
+        size = {"num_pages": 256, "prefix_cache": False, "threads": self.options.threads}
+        engines = {name: Engine(str(folder), **size) for name, folder in folders.items()}  # type: ignore[arg-type]
+        prompt = self.texts.batches(self.model)[0].tokens.tolist()[:PACED_TOKENS]
+        found = paces(engines, prompt, PACED_TOKENS // 4, self.options.repeats)
+        return {what: value for what, value in found.items() if not what.startswith("pages_")}
+
+    def make(self, name: str, recipe: Mapping[str, Any]) -> tuple[Path, float]:
+        """The folder of a recipe, and the seconds that it took."""
         from waypost.transform.quantize import quantize
 
-        return quantize({"source": self.model, "verify": False, **recipe}, self.scratch / name).path
+        done = quantize({"source": self.model, "verify": False, **recipe}, self.scratch / name)
+        return done.path, done.seconds
 
 
 @torch.no_grad()
@@ -146,7 +164,8 @@ def weight_bytes(folder: str | Path) -> int:
 
 
 def figures(found: Mapping[str, Distance]) -> dict[str, float]:
-    """What a receipt says of each: KL with its standard error, perplexity as a multiple of the source's, megabytes."""
+    """What a receipt says of each: KL with its standard error, perplexity as a multiple of the source's, megabytes, and
+    the seconds that making it took."""
     source = mean(found["source"].loss)
     extra = {"perplexity_source": math.exp(source), "mb_source": found["source"].num_bytes / 1e6}
     for name, distance in found.items():
@@ -156,5 +175,6 @@ def figures(found: Mapping[str, Distance]) -> dict[str, float]:
                 f"kl_{name}_stderr": distance.kl_stderr,
                 f"perplexity_ratio_{name}": math.exp(mean(distance.loss) - source),
                 f"mb_{name}": distance.num_bytes / 1e6,
+                f"made_s_{name}": distance.made_s,
             }
     return extra
