@@ -13,19 +13,22 @@ from hypothesis import strategies as st
 from merge_cases import same_bits, tiny_checkpoint, weights
 
 import waypost
+from waypost.core.batch import Batch
 from waypost.core.config import build
 from waypost.core.errors import ConfigError, NumericsError
 from waypost.keep.reader import Checkpoint
 from waypost.kernels import select
 from waypost.model import hf
-from waypost.testing.tiny import tiny_config
+from waypost.model.rows import Rows
+from waypost.testing.tiny import tiny_config, tiny_model
 from waypost.transform import invariant
+from waypost.transform.expression import Normal
 from waypost.transform.plan import Services
 from waypost.transform.recipe import HeldOut
 from waypost.transform.run import run
 from waypost.transform.squares import GradientSquares, WeightSquares
 from waypost.transform.upcycling.expert_upcycling import ExpertUpcycling, greedy_copies, original
-from waypost.transform.upcycling.sparse_upcycling import SparseUpcycling
+from waypost.transform.upcycling.sparse_upcycling import SparseUpcycling, dense_name
 
 IDS = [5, 90, 17, 203, 44, 44, 281, 3, 150, 66, 7, 8]
 EVEN = {"name": "expert_upcycling", "router_noise": 0.0, "max_duplicates": 1, "num_experts_per_tok": 4}
@@ -64,11 +67,35 @@ def test_the_mixture_is_the_dense_model_and_transformers_agrees(tmp_path, family
         assert (theirs(torch.tensor([IDS])).logits[0] - want).abs().max() < 2e-5 * want.abs().max()  # float32 against float64
 
 
-def test_one_expert_a_token_keeps_the_bits(tmp_path):
-    source = tiny_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
-    result = upcycle(source, tmp_path / "moe", {"name": "sparse_upcycling", "num_experts": 3, "num_experts_per_tok": 1})
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 6), st.floats(0.01, 3), st.integers(0, 99), st.sampled_from([torch.bfloat16, torch.float32]))
+def test_one_expert_a_token_keeps_the_bits(tmp_path_factory, experts, std, seed, dtype):
+    """The neutral setting, whatever the routers: the dense model, also in the arithmetic that it is trained in."""
+    folder = tmp_path_factory.mktemp("one")
+    source = tiny_checkpoint(folder / "dense", tiny_config(num_hidden_layers=1), dtype=dtype)
+    method = {"name": "sparse_upcycling", "num_experts": experts, "num_experts_per_tok": 1, "router_std": std, "seed": seed}
+    result = upcycle(source, folder / "moe", method)
     assert (result.plan.invariant, result.plan.equality) == ("exact_at_start", "bits")
     assert result.receipt["max_logit_diff"] == 0.0
+    assert torch.equal(*(hf.logits(hf.load(path), IDS) for path in (source, result.path)))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(2, 6), st.data(), st.floats(0.01, 3), st.integers(0, 99), st.integers(0, 99))
+def test_whoever_is_chosen_the_mixture_is_the_dense_feed_forward(experts, data, std, seed, weights_seed):
+    """One layer's, in float64, where a sum of parts may round otherwise than the whole."""
+    chosen = data.draw(st.integers(1, experts))
+    sizes = {"num_local_experts": experts, "num_experts_per_tok": chosen}
+    dense = tiny_model(tiny_config(), seed=weights_seed, dtype=torch.float64).model.layers[0].mlp
+    mixture = tiny_model(tiny_config(model_type="mixtral", **sizes), dtype=torch.float64).model.layers[0].mlp
+    router = Normal(std=[std] * experts, shape=[experts, 32], stream="model.layers.0.mlp.gate.weight", seed=seed)
+    with torch.no_grad():
+        for name, parameter in mixture.named_parameters():
+            like = dense_name(f"model.layers.0.mlp.{name}").removeprefix("model.layers.0.mlp.")
+            parameter.copy_(router.rows(None, 0, experts) if name == "gate.weight" else dense.get_parameter(like))
+        h = torch.randn(9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        rows = Rows(Batch.of([[1] * 9]), select("exact", "naive"))
+        assert (mixture(h, rows) - dense(h, rows)).abs().max() < 1e-12 * dense(h, rows).abs().max()
 
 
 def test_every_expert_is_the_dense_feed_forward_and_the_rest_is_copied(tmp_path):
@@ -128,9 +155,14 @@ def test_with_top_k_kept_two_copies_of_the_best_expert_are_all_that_is_left(tmp_
     assert result.receipt["kl_nats"] > 1e-6
 
 
-def test_factor_one_is_the_identity(tmp_path):
-    source = mixtral(tmp_path / "four")
-    result = upcycle(source, tmp_path / "same", {"name": "expert_upcycling", "factor": 1})
+@settings(max_examples=5, deadline=None)
+@given(st.integers(2, 5), st.data(), st.integers(1, 9), st.floats(0, 9), st.integers(0, 99))
+def test_factor_one_is_the_identity(tmp_path_factory, experts, data, most, noise, seed):
+    """The neutral setting: nothing is copied, so that nothing else matters."""
+    folder = tmp_path_factory.mktemp("same")
+    source = mixtral(folder / "few", data.draw(st.integers(1, experts)), num_local_experts=experts, num_hidden_layers=1)
+    method = {"name": "expert_upcycling", "factor": 1, "max_duplicates": most, "router_noise": noise, "seed": seed}
+    result = upcycle(source, folder / "same", method)
     one, other = weights(source), weights(result.path)
     assert list(one) == list(other)
     assert all(same_bits(one[name], other[name]) for name in one)
