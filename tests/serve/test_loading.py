@@ -24,6 +24,7 @@ from waypost.serve.engine import Engine
 from waypost.serve.pages import PagedKv
 from waypost.serve.sampling import Sampling
 from waypost.testing.tiny import tiny_checkpoint, tiny_config, tiny_model
+from waypost.transform.quantize import quantize
 
 SAMPLING = Sampling(max_tokens=9, seed=2, logprobs=0, ignore_eos=True)
 
@@ -73,6 +74,19 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_any_request(tmp_path: P
     path = tiny_checkpoint(tmp_path / "model", tiny_config(vocab_size=256))
     with pytest.raises(ConfigError, match=r"ids up to 287, the model a vocabulary of 256; take the tokenizer"):
         Engine(path, num_pages=8)
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="this machine has no C++ compiler; all dtypes are computed")
+@pytest.mark.parametrize("kind", ["asked for", "stored", "rows in 8 bits"])
+def test_a_dtype_that_is_not_computed_is_refused_when_it_is_loaded(kind: str, tmp_path: Path) -> None:
+    half, asked = torch.float16, None if kind == "stored" else torch.float16
+    path = tiny_checkpoint(tmp_path / "model", dtype=half if kind == "stored" else torch.bfloat16)
+    if kind == "rows in 8 bits":
+        path = quantize({"source": str(path), "quantizer": "llm_int8", "verify": False}, tmp_path / "int8").path
+    with pytest.raises(ConfigError, match=f"{path}: float16 is not computed .* choose bfloat16 or float32"):
+        Engine(path, num_pages=4, dtype=asked, kernel="cpu")
+    assert Engine(path, num_pages=4, dtype=torch.bfloat16, kernel="cpu").dtype == torch.bfloat16
+    assert Engine(path, num_pages=4, dtype=asked, kernel="naive").generate(["the bat"], SAMPLING)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

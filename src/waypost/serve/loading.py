@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from waypost.core.errors import CapacityError, ConfigError, NumericsError, counted
 from waypost.core.progress import say
 from waypost.keep import image
+from waypost.kernels.call import WIDE
 from waypost.kernels.choose import select
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.rows import differing_count, trial_input
@@ -72,11 +73,22 @@ def load(
         model = quantized.load(opened, dtype, plain_ops, packed=arithmetic is None, verify=False)
         if arithmetic is not None:
             widen_arithmetic(model, arithmetic)
+        _check_dtype(model, folder)
         prepare_for_serving(model)
         tokenizer = None if reading is None else reading.result()
     if tokenizer is not None:
         check_fits(tokenizer, model.config)
     return Loaded(model, tokenizer, generation_eos(folder), plain_ops)
+
+
+def _check_dtype(model: Decoder, folder: Path) -> None:
+    """ConfigError for a dtype that the model's operators do not compute in, before any request meets it."""
+    if model.ops.name == "cpu" and model.dtype not in WIDE:
+        name = str(model.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"{folder}: {name} is not computed by the compiled kernels; choose bfloat16 or float32 as its dtype, or the plain "
+            "kernels (kernel naive)"
+        )
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
