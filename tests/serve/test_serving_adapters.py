@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_cases import KERNELS, by_hand, make_engine, model_of, poison
+from serve_cases import KERNELS, Answered, answers_of, by_hand, make_engine, model_of, poison
 
 from waypost.core.errors import CapacityError, CheckpointError, ConfigError
 from waypost.kernels.low_rank.factors import LANES
 from waypost.model.adapter_names import is_adapter
+from waypost.model.adapter_sites import sites
 from waypost.model.adapters import Lora
 from waypost.model.decoder import Decoder
 from waypost.model.peft import LoraFile, read, write
@@ -83,6 +85,50 @@ def test_all_together_are_the_trainer_one_by_one(variant: str, dtype: str, kerne
         assert completion.choices[0].logprobs == want[1], f"request {i} with {name}: other bits than the trainer's"
         texts.add(tuple(completion.choices[0].logprobs))
     assert len(texts) == len(names), "an adapter, or a prompt, changed nothing"
+
+
+@functools.cache
+def answer_of(name: str | None, length: int) -> Answered:
+    model = model_of("gqa", "bf16", KERNELS[-1])
+    return by_hand(model if name is None else adapted(model, name), PROMPT[:length], SAMPLING)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([None, *SPECS]), st.integers(14, 19)), min_size=1, max_size=8), st.integers(1, 64)
+)  # fmt: skip
+def test_in_any_company_it_is_the_trainer_s(
+    tmp_path_factory: pytest.TempPathFactory, wanted: list[tuple[str | None, int]], budget: int
+) -> None:
+    """Who has no adapter has the base's bits."""
+    model = model_of("gqa", "bf16", KERNELS[-1])
+    engine = make_engine(copy.deepcopy(model), num_pages=400, max_batch_tokens=budget)
+    folder = tmp_path_factory.mktemp("company")
+    for name in SPECS:
+        engine.adapters.add(name, saved(model, name, folder))
+    got = run(engine, *(Request(PROMPT[:length], SAMPLING, adapter=name) for name, length in wanted))
+    assert [answers_of(completion) for completion in got] == [[answer_of(*each)] for each in wanted]
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.builds(Lora, r=st.integers(1, 24), alpha=st.floats(0.1, 64), rslora=st.booleans()),
+    st.sampled_from([[], ["one"], ["seven", "four"]]), st.integers(1, 64),
+)  # fmt: skip
+def test_an_adapter_that_adds_nothing_has_the_base_s_bits(
+    tmp_path_factory: pytest.TempPathFactory, spec: Lora, beside: list[str], budget: int
+) -> None:
+    """The neutral setting, B = 0: how training begins."""
+    model, folder = model_of("gqa", "bf16", KERNELS[-1]), tmp_path_factory.mktemp("nothing")
+    shapes = {site: linear.weight.shape for site, linear in sites(model).items()}
+    pairs = {site: (noise(spec.r, s[1], name=site), torch.zeros(s[0], spec.r)) for site, s in shapes.items()}
+    engine = make_engine(copy.deepcopy(model), num_pages=400, max_batch_tokens=budget)
+    engine.adapters.add("zero", write(folder / "zero", LoraFile(folder, pairs, {}, spec.file_config("base"))))
+    for name in beside:
+        engine.adapters.add(name, saved(model, name, folder))
+    names = ["zero", *beside, "zero"]
+    got = run(engine, *(Request(PROMPT, SAMPLING, adapter=name) for name in names))
+    assert answers_of(got[0]) == answers_of(got[-1]) == [answer_of(None, len(PROMPT))]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
