@@ -5,6 +5,7 @@ are three disjoint sets of chapters.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ class Lab:
         end, decay = (before + steps) * STEP_TOKENS, round(decay_frac * steps) * STEP_TOKENS
         shape = {"decay_start_tokens": end - decay, "decay_tokens": decay} if decay else {"decay_start_tokens": None}
         source = {"path": str(self.texts.train), "separator": BREAK}
-        experts = {"balancing": {"name": "global_batch", "coef": 0.01}} if self._has_experts(start) else {}
+        usual = {"balancing": {"name": "global_batch", "coef": 0.01}}
+        experts = usual if "balancing" not in start and self._has_experts(start) else {}
         # A fresh start after a trunk must not read the trunk's rows again.
         seed = self.seed if "model" in start or start["init"].get("optimizer") else 1000 + self.seed
         out = self.folder / name
@@ -150,3 +152,11 @@ def _loads(metrics: Path, steps: int) -> tuple[float, float]:
     sides = ([line.get(key, 1.0) for line in lines] for key in ("expert_load_max", "expert_load_min"))
     most, least = (sum(values) / len(values) for values in sides)
     return most, least
+
+
+def step_ms(run: Path) -> float:
+    """The median of the run's last half of steps, in milliseconds."""
+    from waypost.train.metrics import read_lines
+
+    lines: list[dict[str, Any]] = read_lines(run / "metrics.jsonl")
+    return 1e3 * statistics.median(line["step_seconds"] for line in lines[len(lines) // 2 :])

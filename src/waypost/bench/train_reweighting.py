@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from waypost.bench.receipt import Options, Receipt, series
-from waypost.bench.tiny_runs import DENSE, STEP_TOKENS, Lab, Texts
+from waypost.bench.tiny_runs import DENSE, STEP_TOKENS, Lab, Texts, step_ms
 from waypost.core.config import technique
 from waypost.core.progress import progress
 from waypost.data.text import BREAK
@@ -65,7 +65,7 @@ class TrainReweighting:
                         for side, reweighting in sides.items():
                             run = lab.train(side, {"model": DENSE, "reweighting": reweighting}, self.steps)
                             found.setdefault(f"{pool}_{side}", []).append(lab.loss(run.checkpoint))
-                            found.setdefault(f"{side}_step_ms", []).append(_step_ms(run.folder))
+                            found.setdefault(f"{side}_step_ms", []).append(step_ms(run.folder))
                         bar.advance(note=", ".join(f"{k} {v[-1]:.3f}" for k, v in found.items() if k.startswith(pool)))
         return self._receipt(found)
 
@@ -90,11 +90,3 @@ class TrainReweighting:
             command="waypost bench train.reweighting",
             extra=extra,
         )
-
-
-def _step_ms(run: Path) -> float:
-    """The median of the run's last half of steps, in milliseconds."""
-    from waypost.train.metrics import read_lines
-
-    lines: list[dict[str, Any]] = read_lines(run / "metrics.jsonl")
-    return 1e3 * statistics.median(line["step_seconds"] for line in lines[len(lines) // 2 :])

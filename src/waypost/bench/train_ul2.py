@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from waypost.bench.receipt import Options, Receipt, series
-from waypost.bench.tiny_runs import DENSE, SEQ_LEN, STEP_TOKENS, Lab, Run, Texts
+from waypost.bench.tiny_runs import DENSE, SEQ_LEN, STEP_TOKENS, Lab, Run, Texts, step_ms
 from waypost.core.config import technique
 from waypost.core.progress import progress
 
@@ -41,7 +41,7 @@ class TrainUl2:
                 lab = Lab(Path(scratch) / str(seed), texts, seed, options.threads)
                 for side, objective in (("causal", {"name": "causal"}), ("ul2", UL2)):
                     run = lab.train(side, {"model": MODEL, "objective": objective}, self.steps)
-                    for name, value in {**self._losses(texts, run, side == "ul2"), "step_ms": _step_ms(run)}.items():
+                    for name, value in {**self._losses(texts, run, side == "ul2"), "step_ms": step_ms(run.folder)}.items():
                         found.setdefault(f"{side}_{name}", []).append(value)
                 bar.advance(note=", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items()))
         return self._receipt(found)
@@ -90,13 +90,3 @@ class TrainUl2:
             command="waypost bench train.ul2",
             extra=medians,
         )
-
-
-def _step_ms(run: Run) -> float:
-    """The median step of a run, in milliseconds."""
-    import statistics
-
-    from waypost.train.metrics import read_lines
-
-    lines: list[dict[str, Any]] = read_lines(run.folder / "metrics.jsonl")
-    return 1e3 * statistics.median(line["step_seconds"] for line in lines)
