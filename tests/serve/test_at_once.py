@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -14,10 +17,13 @@ from torch import Tensor
 from waypost.core.batch import Batch
 from waypost.kernels.build import compiler
 from waypost.kernels.layers.cpu import KINDS
+from waypost.kernels.low_rank.factors import Factors
+from waypost.model.adapter_sites import sites
 from waypost.model.decoder import Decoder
 from waypost.model.linear.at_once import LayersAtOnce
 from waypost.model.linear.layercast import widen_arithmetic
 from waypost.model.rows import Rows
+from waypost.serve.adapters import ServedAdapter, StepAdapters
 from waypost.serve.loading import prepare_for_serving
 from waypost.serve.pages import PagedKv, StepKv
 from waypost.serve.sampling import Sampling
@@ -38,8 +44,11 @@ def served(variant: str, arithmetic: torch.dtype = torch.bfloat16) -> Decoder:
     return prepare_for_serving(widen_arithmetic(model, arithmetic))
 
 
-def one_pass(model: Decoder, spans: list[tuple[int, int]], layers: range, at_once: bool) -> tuple[Tensor, list[Tensor]]:
-    """Rows of sequences (context, new tokens) through `layers`, and the cache afterwards. Cached keys are noise."""
+def one_pass(
+    model: Decoder, spans: list[tuple[int, int]], layers: range, at_once: bool, adapters: Sequence[int | None] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """Rows of sequences (context, new tokens) through `layers`, and the cache afterwards. Cached keys are noise; sequence i
+    has the adapter `adapters[i]`."""
     pages_each = max(-(-(c + n) // 16) for c, n in spans)
     kv = PagedKv(model.config, pages_each * len(spans), model.dtype)
     source = torch.Generator().manual_seed(7)
@@ -49,7 +58,7 @@ def one_pass(model: Decoder, spans: list[tuple[int, int]], layers: range, at_onc
     batch = Batch.of([prompt_of(n, c + n) for c, n in spans], context=[c for c, _ in spans])
     row = torch.arange(len(spans)).repeat_interleave(torch.tensor([n for _, n in spans]))
     slots = table[row, batch.positions // 16].long() * 16 + batch.positions % 16
-    rows = Rows(batch, model.ops, StepKv(kv, table, slots))
+    rows = Rows(batch, model.ops, StepKv(kv, table, slots), step_adapters(model, adapters, [n for _, n in spans]))
     run, model.at_once = model.at_once, model.at_once if at_once else None
     with torch.inference_mode():
         h = model.embed(batch)
@@ -60,12 +69,35 @@ def one_pass(model: Decoder, spans: list[tuple[int, int]], layers: range, at_onc
     return out, [*kv.k_pages, *kv.v_pages]
 
 
-def check_equal(model: Decoder, spans: list[tuple[int, int]], layers: range) -> None:
+RANKS = (1, 4, 7)
+
+
+def step_adapters(model: Decoder, adapters: Sequence[int | None], counts: Sequence[int]) -> StepAdapters | None:
+    """Adapters 0, 1, 2 of RANKS, the last of which leaves every other projection alone."""
+    if not adapters:
+        return None
+    found = sites(model)
+    used = []
+    for index, rank in enumerate(RANKS):
+        factors = {}
+        for number, (name, linear) in enumerate(found.items()):
+            if index < 2 or number % 2:
+                source = torch.Generator().manual_seed(100 * index + number)
+                outputs, inputs = linear.weight.shape
+                a, b = torch.randn(rank, inputs, generator=source), torch.randn(outputs, rank, generator=source)
+                factors[name] = Factors.of(a / inputs**0.5, b, 0.3)
+        used.append(cast(ServedAdapter, SimpleNamespace(key=f"{index}", times_settled=1, factors=factors)))
+    which = torch.tensor([-1 if each is None else each for each in adapters], dtype=torch.int32)
+    return StepAdapters({module: name for name, module in found.items()}, used, which.repeat_interleave(torch.tensor(counts)))
+
+
+def check_equal(model: Decoder, spans: list[tuple[int, int]], layers: range, adapters: Sequence[int | None] = ()) -> Tensor:
     assert model.at_once is not None
-    (ours, our_cache), (plain, plain_cache) = (one_pass(model, spans, layers, at_once) for at_once in (True, False))
+    (ours, our_cache), (plain, plain_cache) = (one_pass(model, spans, layers, way, adapters) for way in (True, False))
     assert torch.isfinite(plain.float()).all()
     assert torch.equal(ours, plain)
     assert all(torch.equal(a, b) for a, b in zip(our_cache, plain_cache, strict=True))
+    return ours
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -90,6 +122,22 @@ def test_any_number_of_rows_has_the_bits_of_one_operator_at_a_time(variant: str,
 def test_any_batch_and_any_layers(variant: str, spans: list[tuple[int, int]], cut: tuple[int, int]) -> None:
     model = served(variant)
     check_equal(model, spans, range(min(cut), min(max(cut), len(model.config.layers))))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("variant", TAKES_IT)
+def test_adapters_of_rows_are_added_where_they_are_one_operator_at_a_time(variant: str, arithmetic: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model = served(variant, ARITHMETIC[arithmetic])
+    layers = range(len(model.config.layers))
+    spans = [(0, 9), (40, 1), (17, 30), (3, 1), (64, 65)]
+    mixed = check_equal(model, spans, layers, [0, None, 2, 1, 0])
+    assert torch.equal(mixed[9], check_equal(model, spans, layers)[9]), "a row with none is as it would be alone"
+    assert not torch.equal(mixed[8], check_equal(model, spans, layers)[8])
+    assert torch.equal(mixed[:9], check_equal(model, spans, layers, [0, 1, 1, 2, 2])[:9]), "neighbours' adapters change nothing"
+    check_equal(model, spans, layers, [None] * 5)
+    check_equal(model, spans, layers[1:], [2, 1, 0, None, 1])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -43,7 +43,10 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "pack_quantized": [_I, _P, _L, _L, _L, _L, _P, _I],
     },
     "int8": {"linear_int8": [_P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _L, _P, _I]},
-    "low_rank": {"low_rank": [_P, _L, _L, _P, _L, _L, _P, _L, _P, _I]},
+    "low_rank": {
+        "low_rank": [_P, _L, _L, _P, _L, _L, _P, _L, _P, _I],
+        "share_low_rank": [_P, _L, _L, _P, _L, _P, _I, _P, _L, _P, _L],
+    },
     "counting": {"count_attention": [_P, _L, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _I]},
 }
 """What each of compiling.GROUPS exports: names and argument types."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from waypost.kernels.layers.cpu import LayerTable
+    from waypost.kernels.layers.cpu import LayerAdapters, LayerTable
     from waypost.kernels.low_rank.factors import Factors
     from waypost.kernels.vocabulary import Vocabulary
 
@@ -146,12 +146,13 @@ class RunLayersOp(Protocol):
     """h (T, C) through the layers of `table` that `order` names, at once -> (T, C). Not differentiable.
 
     cos and sin (T, D/2) float32 are the rows' angles; starts (S + 1,) and context (S,) are those of the batch. Writes the
-    rows' keys and values to `pages`. The bits are those of the other operators, one by one.
+    rows' keys and values to `pages`. `which` (T,) int32 says which of `adapters` changes each row, -1: none. The bits are
+    those of the other operators, one by one.
     """
 
     def __call__(
         self, table: LayerTable, order: Sequence[int], h: Tensor, pages: Pages, starts: Tensor, context: Tensor,
-        cos: Tensor, sin: Tensor,
+        cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from waypost.core.batch import Batch
+from waypost.kernels.low_rank.factors import Factors
 from waypost.kernels.ops import Ops, Pages
 from waypost.model.position.rope import Rope, angles
 
@@ -38,6 +39,20 @@ class FreshKv:
 
 class RowAdapters(Protocol):
     """What the rows of a batch add to projections, each by an adapter of its own; serving has them, training has modules."""
+
+    @property
+    def which(self) -> Tensor:
+        """(T,) int32: the adapter of each row, -1: none."""
+        ...
+
+    @property
+    def key(self) -> Hashable:
+        """Two with one key have the same `factors`."""
+        ...
+
+    def factors(self, linear: nn.Module) -> Sequence[Factors | None]:
+        """What each adapter adds to `linear`; None: nothing."""
+        ...
 
     def add(self, linears: Sequence[nn.Module], x: Tensor, out: Tensor, rows: Rows) -> Tensor:
         """out (T, N) of `linears`, side by side, over x (T, K), with what each row adds."""

@@ -48,6 +48,7 @@ class ServedAdapter:
     places: Mapping[str, Sequence[Place]]
     """Projection -> the segments of A, then of B, vector by vector."""
     store: AdapterStore = field(repr=False)
+    times_settled: int = 0
     pages: list[int] = field(default_factory=list)
     """Empty: its weights are not in the cache."""
     factors: dict[str, Factors] = field(default_factory=dict, repr=False)
@@ -127,7 +128,7 @@ class AdapterStore:
         """What the rows of a batch add, sequence i having `counts[i]` rows and the adapter `users[i]`; None: nothing."""
         if self._sites[0] is not model or not self._sites[1]:
             self._sites = (model, {linear: name for name, linear in sites(model).items()})
-        used = list(dict.fromkeys(user for user in users if user is not None))
+        used = sorted({user for user in users if user is not None}, key=lambda user: user.key)
         index = torch.tensor([-1 if user is None else used.index(user) for user in users], dtype=torch.int32)
         return StepAdapters(self._sites[1], used, index.repeat_interleave(torch.tensor(counts)))
 
@@ -137,6 +138,7 @@ class AdapterStore:
         """See ServedAdapter."""
         assert not adapter.pages, f"adapter {adapter.key} is there already"
         adapter.pages = self._pool.take(adapter.num_pages)
+        adapter.times_settled += 1
         for page in adapter.pages:
             self._pool.keep(page)
             self._owners[page] = adapter
@@ -208,12 +210,22 @@ class StepAdapters:
     """The adapters of one forward pass (model/rows.py): `which` (T,) int32 says whose each row is, -1 nobody's."""
 
     def __init__(self, names: Mapping[nn.Module, str], used: Sequence[ServedAdapter], which: Tensor) -> None:
-        self._names, self._used, self._which = names, used, which
+        self._names, self._used, self.which = names, used, which
         self._renumbered: dict[tuple[bool, ...], Tensor] = {}
+
+    @property
+    def key(self) -> tuple[tuple[str, int], ...]:
+        """The adapters, and where they lie: an adapter that comes back to the cache lies elsewhere."""
+        return tuple((user.key, user.times_settled) for user in self._used)
+
+    def factors(self, linear: nn.Module) -> list[Factors | None]:
+        """What each adapter adds to `linear`; None: nothing."""
+        name = self._names.get(linear, "")
+        return [user.factors.get(name) for user in self._used]
 
     def add(self, linears: Sequence[nn.Module], x: Tensor, out: Tensor, rows: Rows) -> Tensor:
         """out (T, N) of `linears`, side by side, over x (T, K) -> with what each row's adapter adds."""
-        found = [[user.factors.get(self._names.get(linear, "")) for user in self._used] for linear in linears]
+        found = [self.factors(linear) for linear in linears]
         if not any(each is not None for part in found for each in part):
             return out
         parts = out.split([linear.get_parameter("weight").shape[0] for linear in linears], dim=1)
@@ -226,5 +238,5 @@ class StepAdapters:
             return y
         if has not in self._renumbered:
             number = torch.tensor([sum(has[:i]) if has[i] else -1 for i in range(len(has))] + [-1], dtype=torch.int32)
-            self._renumbered[has] = number[self._which.long()]  # -1 takes the last, which is -1
+            self._renumbered[has] = number[self.which.long()]  # -1 takes the last, which is -1
         return rows.ops.low_rank(x, y, self._renumbered[has], [each for each in factors if each is not None])

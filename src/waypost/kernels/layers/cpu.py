@@ -6,7 +6,7 @@ Shapes: T rows, S sequences, C hidden_size, H query heads, G key/value heads, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import Structure, byref, c_double, c_int, c_int32, c_long, c_void_p, cast
+from ctypes import Structure, addressof, byref, c_double, c_int, c_int32, c_long, c_void_p, cast
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from waypost.kernels.call import kernels
 from waypost.kernels.linear.cpu import Packed
 from waypost.kernels.linear.quantized import QuantizedPanels
+from waypost.kernels.low_rank.factors import Factors
 from waypost.kernels.ops import Pages
 
 KINDS = ("norms", "products", "heads", "attention", "gates")
@@ -57,6 +58,21 @@ class LayerWeights:
     eps: float
 
 
+SITES = ("q", "k", "v", "out", "gate", "up", "down")
+"""The projections of a layer that adapters change, in the order of the kernel."""
+
+
+class LayerAdapters:
+    """What adapters add to all layers as the kernel reads it; `factors` are kept alive with it."""
+
+    def __init__(self, factors: Sequence[Sequence[Factors | None]]) -> None:
+        """The SITES of every layer, each with an entry for every adapter; None: it changes nothing there."""
+        self.factors = factors
+        self.count = len(factors[0])
+        pointers = [None if each is None else each.pointer for site in factors for each in site]
+        self.rows = (c_void_p * len(pointers))(*pointers)
+
+
 class _Product(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("panels", "scales", "bias")),
@@ -79,7 +95,9 @@ class _Step(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("table", "starts", "context", "slots", "cosine", "sine")),
         *((name, c_int) for name in ("table_width", "sequences")),
-        ("seconds", c_void_p),
+        *((name, c_void_p) for name in ("seconds", "which", "factors")),
+        ("adapters", c_long),
+        ("share_low_rank", c_void_p),
     ]
 
 
@@ -94,13 +112,17 @@ class LayerTable:
 
 
 def run_layers(
-    table: LayerTable, order: Sequence[int], h: Tensor, pages: Pages, starts: Tensor, context: Tensor, cos: Tensor, sin: Tensor
-) -> Tensor:
+    table: LayerTable, order: Sequence[int], h: Tensor, pages: Pages, starts: Tensor, context: Tensor, cos: Tensor, sin: Tensor,
+    which: Tensor | None = None, adapters: LayerAdapters | None = None,
+) -> Tensor:  # fmt: skip
     out, count = h.clone(memory_format=torch.contiguous_format), len(table.weights)
     step = _Step(
         *(x.data_ptr() for x in (pages.table, starts, context, pages.slots, cos, sin)), pages.table.shape[1], context.shape[0],
-        _pointer(table.seconds),
+        _pointer(table.seconds), _pointer(which),
     )  # fmt: skip
+    if adapters is not None:
+        step.factors, step.adapters = addressof(adapters.rows), adapters.count
+        step.share_low_rank = cast(kernels(h).share_low_rank, c_void_p)
     pointers = c_void_p * count
     kernels(h).run_layers(
         table.rows, count, (c_int32 * len(order))(*order), len(order),

@@ -10,6 +10,8 @@
 //   gated = silu(gate) * up
 //   part = gated W_down
 //
+// Behind each product comes what the rows' adapters add to it, where a pass has any.
+//
 // Every step is the row kernel of its own operator with the same roundings, so the bits are those of the operators one by one.
 
 #include <time.h>
@@ -18,6 +20,7 @@
 
 #include "../attention/paged.h"
 #include "../linear/linear.h"
+#include "../low_rank/low_rank.h"
 #include "../rms_norm/row.h"
 #include "../rope/head.h"
 #include "../swiglu/row.h"
@@ -45,7 +48,12 @@ struct Step {
   const float *cosine, *sine;
   int table_width, sequences;
   double *seconds;  // by kind of work, each pass adds what it took; null: nobody asks
+  const int32_t *which;  // (rows,): the adapter of each row, -1 none; null: no row has any
+  const void *const *factors;  // (layers, kSites, adapters), null where an adapter changes nothing
+  long adapters;
+  void *share_low_rank;
 };
+constexpr int kSites = 7;  // q, k, v, out, gate, up, down
 enum Kind { kNorms, kProducts, kHeads, kAttention, kGates };
 
 // Seconds by kind of work as a region's first thread sees them, its waiting for the others included.
@@ -110,6 +118,8 @@ template <class T> class Pass {
       add_and_norm(before, (const T *)layer.attention_norm, layer.eps);
       clock.took(kNorms);
       multiply(layer.qkv, normed_, qkv_);
+      const long D = layer.width, F = layer.gate_up.outputs / 2;
+      adapt(order[i], 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
       clock.took(kProducts);
       place_heads(layer, k, v);
       clock.took(kHeads);
@@ -118,14 +128,17 @@ template <class T> class Pass {
                          *items_of(layer.heads / layer.groups));
       clock.took(kAttention);
       multiply(layer.out, mixed_, part_);
+      adapt(order[i], 3, {hidden_}, layer.out, mixed_, part_);
       clock.took(kProducts);
       add_and_norm(&layer.out, (const T *)layer.ffn_norm, layer.eps);
       clock.took(kNorms);
       multiply(layer.gate_up, normed_, wide_);
+      adapt(order[i], 4, {F, F}, layer.gate_up, normed_, wide_);
       clock.took(kProducts);
       gate(layer.gate_up);
       clock.took(kGates);
       multiply(layer.down, gated_, part_);
+      adapt(order[i], 6, {hidden_}, layer.down, gated_, part_);
       clock.took(kProducts);
       before = &layer.down;
     }
@@ -156,12 +169,28 @@ template <class T> class Pass {
     share_linear(x, rows_, p.pairs, (const Pair *)p.panels, p.outputs, out);
   }
 
+  // A row with an adapter has its biases as soon as it has a product, for what the adapter adds comes after them.
+  bool adapted(long t) const { return step_.which && step_.which[t] >= 0; }
+
+  // What the rows' adapters add to a product, whose outputs are `widths` side by side: projections `site` and after.
+  void adapt(int layer, int site, std::initializer_list<long> widths, const Product &p, const T *x, T *y) {
+    if (!step_.which) return;
+    if (p.bias) {
+#pragma omp for schedule(static)
+      for (long t = 0; t < rows_; ++t)
+        if (adapted(t)) add(y + t * p.outputs, (const T *)p.bias, p.outputs, y + t * p.outputs);
+    }
+    const long inputs = 2 * p.pairs;
+    ((ShareLowRank<T> *)step_.share_low_rank)(x, inputs, inputs, y, p.outputs, widths.begin(), (int)widths.size(), step_.which, rows_,
+                                              step_.factors + ((long)layer * kSites + site) * step_.adapters, step_.adapters);
+  }
+
   // Takes what `before` gave into the residual stream; null: nothing came before. A null weight leaves out the norm.
   void add_and_norm(const Product *before, const T *weight, double eps) {
 #pragma omp for schedule(static)
     for (long t = 0; t < rows_; ++t) {
       T *h = h_ + t * hidden_, *part = part_ + t * hidden_;
-      if (before && before->bias) add(part, (const T *)before->bias, hidden_, part);
+      if (before && before->bias && !adapted(t)) add(part, (const T *)before->bias, hidden_, part);
       if (before) add(h, part, hidden_, h);
       if (weight) norm_row(h, weight, (int)hidden_, eps, normed_ + t * hidden_);
     }
@@ -176,7 +205,7 @@ template <class T> class Pass {
       const int j = (int)(i % all);
       const float *cosine = step_.cosine + t * (D / 2), *sine = step_.sine + t * (D / 2);
       const T *x = qkv_ + i * D;
-      if (layer.qkv.bias) add(x, (const T *)layer.qkv.bias + (long)j * D, D, own.data()), x = own.data();
+      if (layer.qkv.bias && !adapted(t)) add(x, (const T *)layer.qkv.bias + (long)j * D, D, own.data()), x = own.data();
       const void *norm = j < H ? layer.q_norm : j < H + G ? layer.k_norm : nullptr;
       if (norm) norm_row(x, (const T *)norm, D, layer.eps, own.data()), x = own.data();
       if (j < H) {
@@ -197,7 +226,7 @@ template <class T> class Pass {
     for (long i = 0; i < rows_ * pieces; ++i) {
       const long f = i % pieces * piece, n = std::min(piece, width - f);
       T *g = wide_ + i / pieces * p.outputs + f, *u = g + width;
-      if (p.bias) add(g, (const T *)p.bias + f, n, g), add(u, (const T *)p.bias + width + f, n, u);
+      if (p.bias && !adapted(i / pieces)) add(g, (const T *)p.bias + f, n, g), add(u, (const T *)p.bias + width + f, n, u);
       gate_row(g, u, (int)n, gated_ + i / pieces * width + f);
     }
   }

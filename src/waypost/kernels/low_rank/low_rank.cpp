@@ -4,9 +4,9 @@
 // order, segment after segment; what B adds comes component by component. So the bits of a row depend on its own numbers and
 // its own pair: neither on the rows beside it, nor on where the segments were cut (at multiples of sixteen) or lie.
 
-#include <vector>
+#include "low_rank.h"
 
-#include "../common.h"
+#include <vector>
 
 namespace waypost {
 namespace {
@@ -51,27 +51,14 @@ template <class T> void expand(T *y, long outputs, const Factors &f, const Wide<
   }
 }
 
-template <class T>
-void rows(const T *x, long x_stride, long inputs, T *y, long y_stride, long outputs, const int32_t *which, long count,
-          const Factors *const *factors, int threads) {
-  long work = 0;  // waking the other threads costs as much as some hundred thousand products
-  for (long t = 0; t < count; ++t)
-    if (which[t] >= 0) work += factors[which[t]]->rank * (inputs + outputs);
-#pragma omp parallel num_threads(threads) if (work > (1 << 20))
-  {
-    std::vector<Wide<T>> u;
-#pragma omp for schedule(static)
-    for (long t = 0; t < count; ++t) {
-      if (which[t] < 0) continue;
-      const Factors &f = *factors[which[t]];
-      const T *row = x + t * x_stride;
-      u.resize(f.rank);
-      long j = 0;
-      for (; j + kGroup <= f.rank; j += kGroup) shrink<T, kGroup>(row, inputs, f, j, u.data());
-      for (; j < f.rank; ++j) shrink<T, 1>(row, inputs, f, j, u.data());
-      expand<T>(y + t * y_stride, outputs, f, u.data());
-    }
-  }
+// One row by one pair.
+template <class T> void change(const T *x, long inputs, T *y, long outputs, const Factors &f) {
+  thread_local std::vector<Wide<T>> u;
+  u.resize(f.rank);
+  long j = 0;
+  for (; j + kGroup <= f.rank; j += kGroup) shrink<T, kGroup>(x, inputs, f, j, u.data());
+  for (; j < f.rank; ++j) shrink<T, 1>(x, inputs, f, j, u.data());
+  expand<T>(y, outputs, f, u.data());
 }
 
 }  // namespace
@@ -79,7 +66,29 @@ void rows(const T *x, long x_stride, long inputs, T *y, long y_stride, long outp
 
 using namespace waypost;
 
-extern "C" void EXPORT(low_rank)(const Element *x, long x_stride, long inputs, Element *y, long y_stride, long outputs,
-                                 const int32_t *which, long count, const void *const *factors, int threads) {
-  rows(x, x_stride, inputs, y, y_stride, outputs, which, count, (const Factors *const *)factors, threads);
+extern "C" {
+
+// See low_rank.h.
+void EXPORT(share_low_rank)(const Element *x, long x_stride, long inputs, Element *y, long y_stride, const long *widths, int parts,
+                            const int32_t *which, long rows, const void *const *factors, long adapters) {
+#pragma omp for schedule(dynamic, 1)
+  for (long i = 0; i < rows * parts; ++i) {
+    const long t = i / parts, part = i % parts;
+    const Factors *f = which[t] < 0 ? nullptr : (const Factors *)factors[part * adapters + which[t]];
+    if (!f) continue;
+    Element *to = y + t * y_stride;
+    for (long before = 0; before < part; ++before) to += widths[before];
+    change(x + t * x_stride, inputs, to, widths[part], *f);
+  }
+}
+
+// The same in a region of its own, for one part.
+void EXPORT(low_rank)(const Element *x, long x_stride, long inputs, Element *y, long y_stride, long outputs, const int32_t *which,
+                      long rows, const void *const *factors, int threads) {
+  long work = 0;  // waking the other threads costs as much as some hundred thousand products
+  for (long t = 0; t < rows; ++t)
+    if (which[t] >= 0) work += ((const Factors *)factors[which[t]])->rank * (inputs + outputs);
+#pragma omp parallel num_threads(threads) if (work > (1 << 20))
+  EXPORT(share_low_rank)(x, x_stride, inputs, y, y_stride, &outputs, 1, which, rows, factors, 0);
+}
 }

@@ -12,12 +12,12 @@ Shapes: T rows, C hidden_size, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from waypost.kernels.layers.cpu import LayerTable, LayerWeights, Product
+from waypost.kernels.layers.cpu import LayerAdapters, LayerTable, LayerWeights, Product
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.quantized import QuantizedPanels
 from waypost.kernels.ops import RunLayersOp
@@ -25,7 +25,7 @@ from waypost.model.decoder import Decoder, Layer
 from waypost.model.linear.dense import Linear
 from waypost.model.linear.fused import FusedAttention, FusedFfn
 from waypost.model.norm.rms import RmsNorm
-from waypost.model.rows import Rows
+from waypost.model.rows import RowAdapters, Rows
 
 
 def attach(model: Decoder) -> Decoder:
@@ -42,20 +42,30 @@ class LayersAtOnce:
         self._model, self._run = (model,), run_layers  # a tuple: a module would be registered nowhere, but be walked
         self._parameters = list(model.model.layers.parameters())
         self._seconds: Tensor | None = None
+        self._sites = [site for layer in model.model.layers for site in _sites(layer)]
+        self._adapters: tuple[Hashable, LayerAdapters] | None = None
         self._refresh()
 
     def __call__(self, h: Tensor, layers: Sequence[int], rows: Rows) -> Tensor | None:  # (T, C) -> (T, C)
         pages = rows.kv.pages
-        if pages is None or rows.adapters is not None or torch.is_grad_enabled() or not len(h):
+        if pages is None or torch.is_grad_enabled() or not len(h):
             return None
         if self._versions != [parameter._version for parameter in self._parameters]:
             self._refresh()
         cos, sin = rows.angles(self._model[0].config.rope, self._table.weights[0].width)
-        return self._run(self._table, layers, h, pages, rows.batch.starts, rows.batch.context, cos, sin)
+        where = (h, pages, rows.batch.starts, rows.batch.context, cos, sin)
+        if rows.adapters is None:
+            return self._run(self._table, layers, *where)
+        return self._run(self._table, layers, *where, rows.adapters.which, self._adapted(rows.adapters))
 
     def time_into(self, seconds: Tensor | None) -> None:
         """From now on each pass adds to `seconds` (len(KINDS),) float64 what its kinds of work took (kernels/layers/cpu.py)."""
         self._seconds = self._table.seconds = seconds
+
+    def _adapted(self, adapters: RowAdapters) -> LayerAdapters:
+        if self._adapters is None or self._adapters[0] != adapters.key:
+            self._adapters = adapters.key, LayerAdapters([adapters.factors(site) for site in self._sites])
+        return self._adapters[1]
 
     def _refresh(self) -> None:
         weights = _weights(self._model[0])
@@ -109,6 +119,14 @@ def _layer(layer: Layer, linear: PackedLinear, dtype: torch.dtype) -> LayerWeigh
         qkv, out, gate_up, down, spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, spec.window,
         spec.head_dim**-0.5, epsilons.pop(),
     )  # fmt: skip
+
+
+def _sites(layer: nn.Module) -> list[Linear]:
+    """The projections of a layer in the order of kernels/layers/cpu.py."""
+    attention, ffn = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+    assert isinstance(attention, FusedAttention)
+    assert isinstance(ffn, FusedFfn)
+    return [*attention.group.parts, attention.o_proj, *ffn.group.parts, ffn.down_proj]
 
 
 def _product(module: Linear, linear: PackedLinear) -> Product | None:
