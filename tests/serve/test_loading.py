@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from waypost.core.batch import Batch
 from waypost.core.errors import CapacityError, CheckpointError, ConfigError, NumericsError
 from waypost.kernels import select
 from waypost.kernels.linear.packed import PackedLinear
+from waypost.kernels.linear.quantized import QuantizedWeight
 from waypost.kernels.linear.rows import differing_count, trial_input
 from waypost.model import hf
 from waypost.model.decoder import Decoder
 from waypost.model.linear.fused import FusedAttention, FusedFfn
+from waypost.model.linear.int8 import Int8Linear
 from waypost.serve import loading
 from waypost.serve.engine import Engine
 from waypost.serve.pages import PagedKv
@@ -139,6 +142,38 @@ def test_exact_is_refused_where_it_does_not_hold() -> None:
         Engine(model, num_pages=4)
     model.ops = replace(model.ops, name="fast")
     Engine(model, num_pages=4)
+
+
+def few_bits(bits: int) -> QuantizedWeight:
+    """A weight (32, 64), like each down_proj of the tiny model."""
+    return QuantizedWeight.of(torch.ones(32, 64, dtype=torch.int8), torch.ones(32, 1).bfloat16(), bits)
+
+
+class UnsteadyInEight(PackedLinear):
+    """Right, but for weights in 8 bits, whose values follow the number of rows."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        few = self.stored(weight)
+        return self.plain(x, weight if few is None else few.dense(), bias) * (1 if few is None or few.bits == 4 else len(x))
+
+
+@pytest.mark.parametrize("other", ["rows in 8 bits", "8 bits"])
+def test_equal_shapes_are_tried_once_for_each_code_that_computes_them(other: str) -> None:
+    """The first down_proj is in 4 bits and sound, the second of the same shape is not."""
+    model = tiny_model(dtype=torch.bfloat16)
+    linear = UnsteadyInEight(model.ops.linear)
+    model.ops = replace(model.ops, linear=linear)
+    layers: Any = model.model.layers
+    first, second = (layer.mlp.down_proj for layer in layers)
+    for module in (first, second):
+        module.weight = torch.nn.Parameter(module.weight.to("meta"), requires_grad=False)
+    linear.store(first.weight, few_bits(4))
+    if other == "8 bits":
+        linear.store(second.weight, few_bits(8))
+    else:
+        layers[1].mlp.down_proj = Int8Linear(second, lambda x: x[:, :32] * len(x))
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.down_proj, 64 -> 32 in torch\.bfloat16, are others"):
+        loading.check_numerics(model)
 
 
 def test_a_fused_product_with_other_bits_is_not_used() -> None:

@@ -26,7 +26,7 @@ from waypost.model.decoder import Decoder
 from waypost.model.linear import quantized
 from waypost.model.linear.at_once import attach
 from waypost.model.linear.dense import Linear
-from waypost.model.linear.fused import FusedAttention, FusedFfn, fuse
+from waypost.model.linear.fused import FusedAttention, FusedFfn, fuse, stored_as
 from waypost.model.linear.int8 import Int8Linear
 from waypost.model.linear.layercast import widen_arithmetic
 from waypost.model.norm.projected import Projection
@@ -41,8 +41,9 @@ CACHE_SHARE = 0.25
 TRIED_ROWS = (3, 9, 16, 35)
 """Row counts for which a product is compared with all rows at once; each is padded to another number of tiles."""
 
-Shape = tuple[int, int, torch.dtype, bool, bool]
-"""(inputs, outputs, dtype, whether the weight is in few bits, whether there is a bias) of a product."""
+Shape = tuple[int, int, torch.dtype, type, tuple[int, int] | None, bool]
+"""(inputs, outputs, dtype, class of the module, bits and group size of a weight in few bits, whether there is a bias) of a
+product: what chooses its code."""
 
 
 @dataclass(frozen=True)
@@ -184,16 +185,16 @@ def _plain_linears(model: Decoder) -> Iterator[tuple[str, Linear | Projection]]:
 def _products(model: Decoder) -> Iterator[tuple[str, Callable[[Tensor], Tensor], Tensor, Shape]]:
     """(name, the product, a weight of it, what tells its shape) of every linear as the model calls it."""
     linear = model.ops.linear
+
+    def shape(module: type, weight: Tensor, outputs: int, bias: Tensor | None) -> Shape:
+        return weight.shape[1], outputs, weight.dtype, module, stored_as(weight, linear), bias is not None
+
     for name, module in model.named_modules():
         if isinstance(module, FusedAttention | FusedFfn):
-            first = module.group.parts[0]
-            yield name, module.group, first.weight, _shape(first.weight, sum(module.group.widths), first.bias)
+            first, outputs = module.group.parts[0], sum(module.group.widths)
+            yield name, module.group, first.weight, shape(type(module), first.weight, outputs, first.bias)
     for name, plain in _plain_linears(model):
         call = functools.partial(plain.product, ops=model.ops)
-        yield name, call, plain.weight, _shape(plain.weight, plain.weight.shape[0], plain.bias)
+        yield name, call, plain.weight, shape(type(plain), plain.weight, plain.weight.shape[0], plain.bias)
     head = model.output_weight
-    yield "the output head", functools.partial(linear, weight=head), head, _shape(head, head.shape[0], None)
-
-
-def _shape(weight: Tensor, outputs: int, bias: Tensor | None) -> Shape:
-    return weight.shape[1], outputs, weight.dtype, weight.is_meta, bias is not None
+    yield "the output head", functools.partial(linear, weight=head), head, shape(Linear, head, head.shape[0], None)

@@ -119,10 +119,16 @@ def _group(parts: list[Linear], linear: LinearOp, equal: dict[tuple[object, ...]
         return None
     group = FusedGroup(parts, linear)
     weight, bias = parts[0].weight, parts[0].bias
-    shape = (*group.widths, *weight.shape, weight.dtype, weight.is_meta, bias is None)
+    shape = (*group.widths, *weight.shape, weight.dtype, stored_as(weight, linear), bias is None)
     if shape not in equal:
         equal[shape] = _same_bits(group, linear)
     return group if equal[shape] else None
+
+
+def stored_as(weight: Tensor, linear: LinearOp) -> tuple[int, int] | None:
+    """(bits, inputs of a group) of a weight that `linear` knows in few bits; None of any other."""
+    few = linear.stored(weight) if isinstance(linear, PackedLinear) else None
+    return None if few is None else (few.bits, few.group_size)
 
 
 def _same_bits(group: FusedGroup, linear: LinearOp) -> bool:
