@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import random
 import signal
@@ -22,7 +21,7 @@ from hypothesis import strategies as st
 from keep_cases import entry
 from keeper_cases import FACTS, no_keeper_left, terms, until
 
-from waypost.core.errors import CheckpointError, ConfigError, MemoryDamaged
+from waypost.core.errors import MemoryDamaged
 from waypost.core.state import Entry, whole
 from waypost.keep import network
 from waypost.keep.agreement import share_out
@@ -32,7 +31,7 @@ from waypost.keep.held import Held
 from waypost.keep.image import Image, copies
 from waypost.keep.keeper import Keeper
 from waypost.keep.machines import Found, Machines, find
-from waypost.keep.network import Caller, shared_secret
+from waypost.keep.network import shared_secret
 from waypost.keep.wire import Gone, Line, alive, read_record
 
 pytest.importorskip("zfec")
@@ -338,59 +337,3 @@ def test_a_machine_that_misses_a_step_is_named_and_nothing_is_lost(tmp_path: Pat
     assert "the keeper at 127.0.0.4:" in run.keepers[0].call("status")["alone"]
     run.leave()
     run.holds(1)
-
-
-@pytest.mark.parametrize("line", [b"nonsense\n", b"{}\n", b'{"challenge": "00", "answer": "00"}\n', b"x" * 5000])
-def test_whoever_does_not_know_the_secret_is_turned_away(line: bytes, tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    assert run.secret_file.stat().st_mode & 0o77 == 0
-    host, port = run.addresses[0]
-    with socket.create_connection((host, port), 5) as stranger:
-        stranger.sendall(line)
-        told = Line(stranger)
-        assert "challenge" in told.receive()[0]
-        answers = json.dumps(told.receive()[0]) if line.startswith(b"{") else ""
-        assert line[:1] != b"{" or "another secret than this run's" in answers
-        with pytest.raises(Gone):
-            told.receive()
-    with pytest.raises(Gone, match=r"127\.0\.0\.2:\d+: another secret than this run's"):
-        Caller((host, port), b"guess")
-    caller = Caller((host, port), run.secret)
-    with pytest.raises(ConfigError, match="no call 'steal'"):
-        caller.call("steal")
-    with pytest.raises(CheckpointError, match="no whole snapshot of step 7 here"):
-        caller.call("part", step=7)
-    caller.close()
-    run.leave()
-
-
-def test_a_keeper_that_lies_about_the_secret_is_not_believed(tmp_path: Path) -> None:
-    with network.listen("127.0.0.1") as liar:
-
-        def answer() -> None:
-            line = Line(liar.accept()[0])
-            line.send({"challenge": "00"})
-            line.receive()
-            line.send({"ok": {"answer": "00"}})
-            line.close()
-
-        threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(Gone, match="does not know the run's secret"):
-            Caller(liar.getsockname(), b"secret")
-
-
-def test_waits_end_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "CONNECT_S", 0.1)
-    with network.listen("127.0.0.1") as silent, pytest.raises(Gone, match=r"the keeper at 127\.0\.0\.1:\d+: .*timed out"):
-        Caller(silent.getsockname(), b"secret")
-    with pytest.raises(Gone, match="does not answer"):
-        Caller(("127.0.0.1", 1), b"secret")
-    with pytest.raises(ConfigError, match=r"192\.0\.2\.1: no address of this machine"):
-        network.listen("192.0.2.1")
-
-
-def test_a_secret_that_others_may_read_is_refused(tmp_path: Path) -> None:
-    shared_secret(tmp_path)
-    (tmp_path / network.SECRET).chmod(0o644)
-    with pytest.raises(ConfigError, match="others may read the run's secret"):
-        shared_secret(tmp_path)

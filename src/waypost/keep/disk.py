@@ -36,9 +36,9 @@ def pwrite_all(fd: int, data: memoryview | bytes, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Creates or overwrites `path` and makes its bytes durable; the folder is left to `sync_folder`."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
         pwrite_all(fd, data, 0)
         os.fsync(fd)
@@ -56,6 +56,18 @@ def replace_file(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(fresh)
         raise
+    sync_folder(path.parent)
+
+
+def create_file(path: Path, data: bytes, mode: int) -> None:
+    """Puts `data` at `path` at once and durably; FileExistsError, and nothing is changed, where something is there."""
+    fresh = path.with_name(f"{path.name}.tmp-{nonce()}")
+    try:
+        write_file(fresh, data, mode)
+        os.link(fresh, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
     sync_folder(path.parent)
 
 

@@ -17,15 +17,19 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from waypost.core.errors import CheckpointError, ConfigError, WaypostError
 from waypost.keep.answers import ANSWERS
-from waypost.keep.network import CONNECT_S, admit, listen
+from waypost.keep.network import CONNECT_S, admit, listen, read_secret, serve_on
 from waypost.keep.vault import CALLS, Vault, log
 from waypost.keep.wire import PROTOCOL, RECORD, Gone, Line
+
+REFUSED_S = 1.0
+"""Seconds before another connection is accepted where the system refused one."""
 
 
 class KeeperProcess:
@@ -56,8 +60,8 @@ class KeeperProcess:
 
     def _serve(self, listener: socket.socket) -> None:
         while not self.vault.over(self.idle_s):
-            with contextlib.suppress(TimeoutError):
-                connection, _ = listener.accept()
+            connection = accepted(listener)
+            if connection is not None:
                 connection.settimeout(None)
                 threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
 
@@ -109,17 +113,18 @@ class KeeperProcess:
                 self.vault.rank_left(session)
 
     def _answer_all(self, network: socket.socket) -> None:
-        while True:
-            connection, _ = network.accept()
-            connection.settimeout(CONNECT_S)
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+        while network.fileno() != -1:
+            connection = accepted(network)
+            if connection is not None:
+                connection.settimeout(CONNECT_S)
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
         """One connection of another machine: the secret first, then calls of `answers` until it leaves."""
         line = Line(connection)
         try:
             admit(line, self.vault.secret)
-            connection.settimeout(None)
+            serve_on(connection)
             while True:
                 request, _ = line.receive()
                 call, data = request.pop("call", None), None
@@ -142,6 +147,19 @@ class KeeperProcess:
             line.close()
 
 
+def accepted(listener: socket.socket) -> socket.socket | None:
+    """The next connection; None where none came in the listener's time, or the system refused one (too many open files): it
+    waits for its turn then."""
+    try:
+        return listener.accept()[0]
+    except TimeoutError:
+        return None
+    except OSError as error:
+        log(f"a connection was not accepted: {error}")
+        time.sleep(REFUSED_S)
+        return None
+
+
 def told(error: Exception) -> dict[str, Any]:
     """How a caller is told of an error."""
     return {"error": [type(error).__name__ if isinstance(error, WaypostError) else "CheckpointError", str(error)]}
@@ -150,7 +168,7 @@ def told(error: Exception) -> dict[str, Any]:
 def main() -> None:
     folder, idle_s, *network = sys.argv[1:]
     os.nice(5)
-    host, secret = (network[0], Path(network[1]).read_bytes()) if network else (None, b"")
+    host, secret = (network[0], read_secret(Path(network[1]))) if network else (None, b"")
     KeeperProcess(Path(folder), float(idle_s), host, secret).run()
 
 

@@ -7,13 +7,14 @@ run's secret.
                                                            followed by n bytes
 
 The secret never travels. What follows is neither encrypted nor signed: it is for a network of the run's own machines.
-Every wait ends: with Gone and the reason.
+Whoever calls waits ANSWER_S at most for what comes next, and gets Gone with the reason. A keeper waits for calls as long as
+the other machine is there; TCP's keepalive asks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
-import os
 import secrets
 import socket
 import threading
@@ -22,14 +23,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from waypost.core.errors import CheckpointError, ConfigError
+from waypost.core.errors import CheckpointError, ConfigError, WaypostError
+from waypost.keep import disk
 from waypost.keep.wire import Gone, Line, reply_of
 
 CONNECT_S = 5.0
 """Seconds that a machine may take to accept a connection, and to show that it knows the secret."""
 ANSWER_S = 60.0
 """Seconds that it may take to answer a call."""
+ASK = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
+"""Seconds of silence before the system asks whether a machine is still there, seconds between two questions, and how many
+may stay without an answer; by Linux's names, where keepers live."""
 SECRET = "secret"
+SECRET_CHARACTERS = 64
 MAX_WORD = 4096
 """Bytes that a stranger may send."""
 
@@ -40,20 +46,30 @@ def shared_secret(homes: Path) -> bytes:
     """The run's secret, made if it is not there; a file that its owner alone may read."""
     path = homes / SECRET
     homes.mkdir(parents=True, exist_ok=True)
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(fd, secrets.token_hex(32).encode())
-        finally:
-            os.close(fd)
-    except FileExistsError:
-        if path.stat().st_mode & 0o077:
-            raise ConfigError(f"{path}: others may read the run's secret; chmod 600 it, or remove it") from None
-    return path.read_bytes()
+    if not path.exists():
+        with contextlib.suppress(FileExistsError):  # two at once have the one that was first
+            disk.create_file(path, secrets.token_hex(SECRET_CHARACTERS // 2).encode(), 0o600)
+    return read_secret(path)
+
+
+def read_secret(path: Path) -> bytes:
+    """The secret in a file; ConfigError where others may read it, or it is not a whole one."""
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(f"{path}: others may read the run's secret; chmod 600 it, or remove it")
+    secret = path.read_bytes()
+    if len(secret) != SECRET_CHARACTERS:
+        raise ConfigError(f"{path}: holds {len(secret)} characters, and a run's secret has {SECRET_CHARACTERS}; end the run's "
+                          "keepers and remove the file")  # fmt: skip
+    return secret
 
 
 def _answer(secret: bytes, who: str, theirs: str, ours: str) -> str:
-    return hmac.new(secret, f"{who} {theirs} {ours}".encode(), "sha256").hexdigest()
+    return hmac.new(secret, _bytes(f"{who} {theirs} {ours}"), "sha256").hexdigest()
+
+
+def _bytes(said: object) -> bytes:
+    """What a stranger said, whatever it is."""
+    return str(said).encode(errors="replace")
 
 
 def admit(line: Line, secret: bytes) -> None:
@@ -62,7 +78,7 @@ def admit(line: Line, secret: bytes) -> None:
     line.send({"challenge": challenge})
     tree, _ = line.receive(MAX_WORD)
     theirs = str(tree.get("challenge"))
-    if not hmac.compare_digest(str(tree.get("answer")), _answer(secret, "asks", challenge, theirs)):
+    if not hmac.compare_digest(_bytes(tree.get("answer")), _bytes(_answer(secret, "asks", challenge, theirs))):
         line.send({"error": ["CheckpointError", "another secret than this run's"]})
         raise CheckpointError("somebody with another secret than this run's")
     line.send({"ok": {"answer": _answer(secret, "answers", challenge, theirs)}})
@@ -81,6 +97,14 @@ def listen(host: str) -> socket.socket:
     return listener
 
 
+def serve_on(connection: socket.socket) -> None:
+    """Sets up a connection on which calls are waited for."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in ASK.items():
+        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 class Caller:
     """A connection to the keeper of another machine. Every call raises Gone where it is lost, or too late. May be used by
     several threads."""
@@ -97,10 +121,10 @@ class Caller:
         try:
             theirs, ours = str(self._line.receive(MAX_WORD)[0].get("challenge")), secrets.token_hex(32)
             self._line.send({"challenge": ours, "answer": _answer(secret, "asks", theirs, ours)})
-            shown = str(reply_of(self._line.receive(MAX_WORD)[0]).get("answer"))
-            if not hmac.compare_digest(shown, _answer(secret, "answers", theirs, ours)):
+            shown = _bytes(reply_of(self._line.receive(MAX_WORD)[0]).get("answer"))
+            if not hmac.compare_digest(shown, _bytes(_answer(secret, "answers", theirs, ours))):
                 raise CheckpointError("it does not know the run's secret")
-        except (Gone, CheckpointError) as error:
+        except WaypostError as error:
             self.close()
             raise Gone(f"{self.name}: {error}") from error
         connection.settimeout(ANSWER_S)

@@ -90,8 +90,10 @@ class Line:
         line, _, self._buffer = self._buffer.partition(b"\n")
         try:
             tree = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Gone("what came is no line of the protocol") from error
+        if not isinstance(tree, dict):
+            raise Gone("what came is no line of the protocol")
         return tree, fds
 
     def close(self) -> None:
@@ -100,11 +102,14 @@ class Line:
 
 
 def reply_of(tree: dict[str, Any]) -> dict[str, Any]:
-    """The content of a reply; raises what the keeper answered with."""
-    if "error" in tree:
-        name, message = tree["error"]
-        raise getattr(errors, name, CheckpointError)(message)
-    return tree["ok"]
+    """The content of a reply; raises what the keeper answered with, Gone where it is no reply."""
+    match tree:
+        case {"error": [str(name), str(message)]}:
+            error = getattr(errors, name, None)
+            raise (error if isinstance(error, type) and issubclass(error, WaypostError) else CheckpointError)(message)
+        case {"ok": dict(reply)}:
+            return reply
+    raise Gone("what came is no line of the protocol")
 
 
 def alive(folder: Path) -> bool:
