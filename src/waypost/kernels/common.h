@@ -158,6 +158,31 @@ inline VecU zip(const bf16 *x, const bf16 *y) {
   std::memcpy(&low, x, sizeof low), std::memcpy(&high, y, sizeof high);
   return __builtin_convertvector(low, VecU) | __builtin_convertvector(high, VecU) << 16;
 }
+// The units of N vectors of two rows: out[i] of x[16 i ...] and y[16 i ...].
+template <int N, class T> inline void zip_many(const T *x, const T *y, Units<T> (&out)[N]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) out[i] = zip(x + i * kLanes, y + i * kLanes);
+}
+// The units of two rows of sixteen that lie one behind the other.
+template <class T> inline Units<T> zip_next(const T *x) { return zip(x, x + kLanes); }
+#if defined(__AVX512BW__)  // whole registers in one shuffle
+typedef uint16_t VecW __attribute__((vector_size(kLanes * 4)));
+inline VecW load_wide(const bf16 *p) { VecW v; std::memcpy(&v, p, sizeof v); return v; }
+inline VecU zip_next(const bf16 *x) {
+  return (VecU)__builtin_shuffle(load_wide(x), VecW{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+}
+inline void zip_many(const bf16 *x, const bf16 *y, VecU (&out)[4]) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    const VecW a = load_wide(x + i * kLanes), b = load_wide(y + i * kLanes);
+    out[i] = (VecU)__builtin_shuffle(a, b, VecW{0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47});
+    out[i + 1] = (VecU)__builtin_shuffle(a, b, VecW{16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                    24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63});
+  }
+}
+#endif
 // Rounds factors of products: as store, but magnitudes below 2^-126 become zero where the processor's own conversion does that.
 template <class T> inline void store_factors(T *p, Vec<T> v) { store(p, v); }
 inline void store_factors(bf16 *p, Vec<float> v) {

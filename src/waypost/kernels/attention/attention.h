@@ -72,7 +72,7 @@ ALONE void dots(const T *const *x, const Unit<T> *columns, int units, Vec<Wide<T
 // Over pages (D, 16) as they lie; D is a multiple of the unit.
 template <int M, int N, class T>
 ALONE void page_dots(const T *const *x, const T *const *pages, int width, Vec<Wide<T>> *out) {
-  const auto column = [&](int b, int d) { return zip(pages[b] + d * kUnit<T> * P, pages[b] + (d * kUnit<T> + 1) * P); };
+  const auto column = [&](int b, int d) { return zip_next(pages[b] + d * kUnit<T> * P); };
   dots_of<M, N, T>(x, width / kUnit<T>, column, out);
 }
 template <int N, class T>
@@ -81,8 +81,9 @@ inline void all_dots(int n, const T *const *x, const Unit<T> *columns, int units
   for (; n > 0; --n, ++x, out += N) dots<1, N, T>(x, columns, units, out);
 }
 
-// acc[i] = acc[i] * shrink[i] + sum_{low <= j < high} p[i][j] * row(j / unit, w) for X queries, j ascending by units, and W
-// vectors w of each. acc (X, stride), p (X, keys). What rows hold outside of low .. high is not looked at.
+// acc[i] = acc[i] * shrink[i] + sum_{low <= j < high} p[i][j] * row(j / unit)[w] for X queries, j ascending by units, and W
+// vectors w of each, which `row` puts into an array. acc (X, stride), p (X, keys). What rows hold outside of low .. high is not
+// looked at.
 template <int X, int W, class T, class F>
 inline void add_rows_of(Wide<T> *acc, int stride, const Wide<T> *shrink, const T *p, int keys, int low, int high, F row) {
   constexpr int U = kUnit<T>;
@@ -93,8 +94,9 @@ inline void add_rows_of(Wide<T> *acc, int stride, const Wide<T> *shrink, const T
     for (int w = 0; w < W; ++w) a[i][w] = load(acc + i * stride + w * P) * shrink[i];
   const auto add = [&](int j, auto seen) {  // a lambda is inlined, and so are its constant indices
     Units<T> here[W];
+    row(j, here);
 #pragma GCC unroll 16
-    for (int w = 0; w < W; ++w) hold(here[w] = seen(row(j, w)));
+    for (int w = 0; w < W; ++w) hold(here[w] = seen(here[w]));
 #pragma GCC unroll 16
     for (int i = 0; i < X; ++i) {
       Units<T> one = splat(unit_at(p + i * keys, j));
@@ -114,7 +116,11 @@ inline void add_rows_of(Wide<T> *acc, int stride, const Wide<T> *shrink, const T
 // Over rows in units, (keys / unit, padded).
 template <int X, int W, class T>
 ALONE void add_some(Wide<T> *acc, const Wide<T> *shrink, const T *p, const Unit<T> *rows, int padded, int keys, int low, int high) {
-  add_rows_of<X, W, T>(acc, padded, shrink, p, keys, low, high, [&](int j, int w) { return load(rows + j * padded + w * P); });
+  const auto row = [&](int j, Units<T> (&out)[W]) {
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) out[w] = load(rows + j * padded + w * P);
+  };
+  add_rows_of<X, W, T>(acc, padded, shrink, p, keys, low, high, row);
 }
 template <int X, class T>
 inline void add_rows(Wide<T> *acc, const Wide<T> *shrink, const T *p, const Unit<T> *rows, int padded, int keys, int low, int high) {

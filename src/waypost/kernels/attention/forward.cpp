@@ -144,9 +144,9 @@ template <class T> class Walker {
   }
 
   template <int M, int W> ALONE void add_part(A *acc, int x, const T *const *v, int D, int d, const Visible<N> &seen) {
-    const auto row = [&](int j, int w) {
-      const T *at = v[j * kUnit<T> / P] + (long)(j * kUnit<T> % P) * D + d + w * P;
-      return zip(at, at + D);
+    const auto row = [&](int j, Units<T> (&out)[W]) {
+      const T *at = v[j * kUnit<T> / P] + (long)(j * kUnit<T> % P) * D + d;
+      zip_many(at, at + D, out);
     };
     add_rows_of<M, W, T>(acc + d, D, &shrink_[x], &weights_[(size_t)x * K], K, seen.low, seen.high, row);
   }
