@@ -18,7 +18,7 @@ LOOPING = [7, 8, 9, 10, 11] * 5
 
 @settings(max_examples=50, deadline=None)
 @given(
-    tokens=TEXTS, prompt=st.integers(1, 40), window=st.integers(3, 12), increment=st.floats(0.01, 1), more=st.floats(1, 4)
+    tokens=TEXTS, prompt=st.integers(1, 9), window=st.integers(3, 8), increment=st.floats(0.01, 1), more=st.floats(1, 40)
 )  # fmt: skip
 def test_a_score_counts_the_steps_that_saw_its_trigram(
     tokens: list[int], prompt: int, window: int, increment: float, more: float
