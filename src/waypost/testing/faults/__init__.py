@@ -121,8 +121,9 @@ FAULTS: Mapping[str, Fault] = {
         "machines:lost",
     ),
     "machines corrupted": Fault(
-        "one bit of one machine's share in its keeper's memory, then of every machine's",
-        "made up for by the others; where they cannot, seen before it is used",
+        "one bit of every machine's share in its keeper's memory in turn, then every byte that every subset of up to three of "
+        "the keepers of four machines hold, with parity for two",
+        "up to two damaged: made up for by the others; three: seen before it is used",
         "machines:corrupted",
     ),
     "copy interrupted": Fault(

@@ -83,6 +83,24 @@ class Machines:
             os.kill(self.keepers[machine].pid, signal.SIGKILL)
         _until(lambda: not alive(self.homes[machine]))
 
+    def flip_bit(self, machine: int) -> None:
+        """Another bit in the largest tensor of one machine's share; once more, and it is what it was."""
+        keeper = self.keepers[machine]
+        assert keeper.image is not None, "open maps it"
+        largest = max(keeper.image.places.values(), key=lambda placed: placed.num_bytes)
+        for slot in keeper.slots:
+            slot[keeper.image.at(largest) + 5] ^= 16
+
+    def flip_all(self, machine: int) -> None:
+        """Every byte that one machine's keeper holds, of its share and of parity, is another; once more ..."""
+        for path in Path(f"/proc/{self.keepers[machine].pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a connection that ended just now
+                if "memfd:waypost-snapshot" in os.readlink(path):
+                    with path.open("r+b") as memory:
+                        data = bytes(byte ^ 16 for byte in memory.read())
+                        memory.seek(0)
+                        memory.write(data)
+
     def gives(self, step: int | None) -> None:
         """What those that are left answer: a step to the bit, or that there is none."""
         found, _ = find(self.addresses, self.secret)
@@ -122,15 +140,20 @@ def lost(folder: Path, every: int) -> int:
 
 
 def corrupted(folder: Path, every: int) -> int:
-    """One bit of every share in turn: made up for by the others; on more machines than there is parity, seen."""
+    """One bit of every share in turn; then everything that any one, two and three of four machines hold."""
+    subsets = [lost for size in range(1, PARITY + 2) for lost in itertools.combinations(range(SIZE), size)]
     with _machines(folder / "flipped") as machines:
         machines.put(1)
-        for number, keeper in enumerate(machines.keepers):
-            assert keeper.image is not None, "open maps it"
-            largest = max(keeper.image.places.values(), key=lambda placed: placed.num_bytes)
-            for slot in keeper.slots:
-                slot[keeper.image.at(largest) + 5] ^= 16
-            if number < 1:
+        bits = [((number,), machines.flip_bit) for number in range(SIZE)]
+        struck = [*bits, *((lost, machines.flip_all) for lost in subsets)][::every]
+        for numbers, flip in struck:
+            for number in numbers:
+                flip(number)
+            if len(numbers) <= PARITY:
                 machines.gives(1)
-        state.error_of(MemoryDamaged, lambda: machines.gives(1), "bits flipped on every machine were not seen")
-    return SIZE
+            else:
+                state.error_of(MemoryDamaged, lambda: machines.gives(1), f"damage on machines {numbers} was not seen")
+            for number in numbers:
+                flip(number)
+        machines.gives(1)
+    return len(struck)
