@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,19 @@ def by_hand(model: Decoder, prompt: list[int], sampling: Sampling, choice: int =
 
 def answers_of(completion: Completion) -> list[Answered]:
     return [(c.token_ids, c.logprobs, [d.drawn_logprob for d in c.tokens], c.finish_reason) for c in completion.choices]
+
+
+def finish(engine: Engine, completion: Completion, between: Callable[[int], object] = lambda step: None) -> Completion:
+    """Steps until the answer is whole; `between` may do anything before each, and the scheduler is checked after it."""
+    for step in range(1000):
+        if completion.done:
+            return completion
+        between(step)
+        for delta in engine.step():
+            if delta.request_id == completion.request_id:
+                completion.add(delta)
+        engine.scheduler.check()
+    raise AssertionError("it does not come to an end")
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_cases import KERNELS, answers_of, by_hand, make_engine, model_of, prompt_of
+from serve_cases import KERNELS, answers_of, by_hand, finish, make_engine, model_of, prompt_of
 
 from waypost.core.batch import Batch
 from waypost.core.errors import ConfigError
@@ -23,7 +20,7 @@ from waypost.serve.engine import Engine
 from waypost.serve.kv import H2O
 from waypost.serve.ledger import LiveSequence
 from waypost.serve.pages import PagePool
-from waypost.serve.request import Completion, Request
+from waypost.serve.request import Request
 from waypost.serve.sampling import Sampling
 from waypost.serve.scheduler import Scheduler, advance
 from waypost.serve.scheduling import Chunked, Layered, Policy
@@ -139,18 +136,6 @@ def test_every_request_ends_within_the_budget(
 # The bits
 
 
-def finish(engine: Engine, completion: Completion, before: Callable[[int], object] = lambda step: None) -> int:
-    for step in itertools.count():
-        if completion.done:
-            return step
-        before(step)
-        for delta in engine.step():
-            if delta.request_id == completion.request_id:
-                completion.add(delta)
-        engine.scheduler.check()
-    raise AssertionError("unreachable")
-
-
 def test_the_bits_are_the_trainers_whatever_happens_between_two_groups() -> None:
     want = None
     for at in (None, 1, 2, 3, 5):
@@ -168,8 +153,7 @@ def test_the_bits_are_the_trainers_whatever_happens_between_two_groups() -> None
                 engine.cancel(doomed)
                 engine.scheduler.preempt(engine.scheduler.ledger.running[-1])
 
-        completion = ready.completion()
-        finish(engine, completion, disturb)
+        completion = finish(engine, ready.completion(), disturb)
         assert answers_of(completion) == [want]
         assert engine.stats().prompt_tokens >= 60
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from serve_cases import KERNELS, Answered, Told, answers_of, by_hand, poison, prompt_of
+from serve_cases import KERNELS, Answered, Told, answers_of, by_hand, finish, poison, prompt_of
 from test_serving_quantized import folder
 
 from waypost.kernels import select
@@ -89,17 +89,8 @@ def submit(engine: Engine, *prompts: list[int], sampling: Sampling = STRANGER) -
 def answer(engine: Engine, between: Callable[[int], object] = lambda step: None) -> Completion:
     """The answer to PROMPT; `between` may do anything before each step."""
     ready = engine.prepare(Request(PROMPT, SAMPLING))
-    done = ready.completion()
     engine.submit(ready)
-    for step in range(1000):
-        if done.done:
-            return done
-        between(step)
-        for delta in engine.step():
-            if delta.request_id == ready.id:
-                done.add(delta)
-        engine.scheduler.check()
-    raise AssertionError("it does not come to an end")
+    return finish(engine, ready.completion(), between)
 
 
 def alone(kind: Kind) -> list[Completion]:

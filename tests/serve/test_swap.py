@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serve_cases import DTYPES, KERNELS, answers_of, by_hand, make_engine, prompt_of
+from serve_cases import DTYPES, KERNELS, answers_of, by_hand, finish, make_engine, prompt_of
 
 from waypost.core.errors import CheckpointError, ConfigError
 from waypost.model import hf
@@ -22,15 +22,6 @@ PROMPT = prompt_of(40)
 
 def weights_of(model: Decoder) -> dict[str, torch.Tensor]:
     return {entry.spec.name: entry.tensor for entry in hf.entries(model)}
-
-
-def finish(engine: Engine, completion: Completion) -> Completion:
-    while not completion.done:
-        for delta in engine.step():
-            if delta.request_id == completion.request_id:
-                completion.add(delta)
-        engine.scheduler.check()
-    return completion
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
