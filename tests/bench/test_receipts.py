@@ -13,7 +13,9 @@ import pytest
 from waypost.bench import CAVEATS, CLAIMS
 from waypost.bench.plan_memory import direction
 from waypost.bench.pretraining import Tuned, chosen, tuned
-from waypost.bench.receipt import PACKAGE, Options, Receipt, commit, series
+from waypost.bench.receipt import PACKAGE, Options, Receipt, commit, latest, series
+from waypost.cli.bench import command
+from waypost.cli.help import explained
 from waypost.core.errors import NumericsError
 
 RECEIPT = Receipt(
@@ -92,3 +94,18 @@ def test_rates_that_diverge_have_lost() -> None:
 def test_the_direction_of_errors_is_said() -> None:
     assert direction([-0.25, 0.1, -0.05]) == "the worst is 0.250 too low, and 2 of 3 are too low"
     assert direction([0.3, -0.1]) == "the worst is 0.300 too high, and 1 of 2 are too low"
+
+
+def test_the_commands_of_receipts_are_commands() -> None:
+    """Of receipts that were stamped with all their options: each is `waypost bench` of the claim, with options that it has."""
+    known = latest(PACKAGE.parent.parent / "benchmarks" / "receipts")
+    stamped = {claim: receipt for claim, receipt in known.items() if "over" in receipt}
+    assert stamped
+    bench = explained(command, no_args_is_help=False)
+    for claim, receipt in stamped.items():
+        words = receipt["command"].split()
+        assert words[:3] == ["waypost", "bench", claim]
+        given = bench.make_context("bench", words[2:]).params
+        assert given["threads"] == receipt["machine"]["threads"], claim
+        if receipt["over"] in ("rounds", "seeds"):
+            assert given["repeats"] == receipt["n"], claim

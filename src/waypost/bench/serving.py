@@ -146,7 +146,7 @@ class Duel:
                 bar.advance(note=", ".join(f"{name} {rate:.0f}" for name, rate in found.items()) + f" {work.unit}")
             ceiling = work.ceiling(mine, options.threads)
         best = max(theirs, key=lambda name: median(rates[name]))
-        extra |= {f"{name.replace(' ', '_')}_tokens_s": median(rates[name]) for name in theirs if name != best}
+        others = {name: median(rates[name]) for name in theirs if name != best}
         return Receipt(
             claim=self.claim,
             statement=self.statement,
@@ -158,6 +158,7 @@ class Duel:
             agreement=f"{same} of {ASKED_PROMPTS} greedy first tokens are the same; equal numbers of tokens",
             command=f"waypost bench {self.claim} --model CHECKPOINT"
             + ("" if self.rival == "transformers" else f" --rival {self.rival}=ENV"),
+            caveat=", ".join(f"{name} gave {rate:,.4g} {work.unit}" for name, rate in others.items()),
             extra=extra,
             roofline=ceiling,
             versions={self.rival: where.version},

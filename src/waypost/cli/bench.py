@@ -35,7 +35,7 @@ def command(
     save: Annotated[bool, typer.Option("--save", help="Add the results to the receipts.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measures claims: both sides in turn on this machine, after their outputs were found to agree.
+    """Measures claims: both sides in turn on this machine, after their outputs, if they have any, were found to agree.
 
     Of several, each that cannot be measured (a rival is missing, outputs disagree) is named with its reason at the end, the
     others are measured all the same, and the exit status is 1.
