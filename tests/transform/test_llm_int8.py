@@ -174,6 +174,15 @@ def test_schemes_in_one_folder_and_those_of_others() -> None:
         from_config({KEY: foreign})
 
 
+def test_a_model_with_rows_in_8_bits_is_not_saved(source: Path, tmp_path: Path) -> None:
+    model = hf.load(folder(source, tmp_path / "out", verify=False))
+    with pytest.raises(ConfigError, match=r"q_proj\.weight \(14 in all\) is quantised: .* waypost export CKPT OUT"):
+        hf.entries(model)
+    wide = export_folder(tmp_path / "out", tmp_path / "wide", dtype="bf16")
+    assert len(hf.entries(hf.load(wide))) == sum(1 for _ in model.parameters())
+    assert len(hf.entries(model.to("meta"))) == sum(1 for _ in model.parameters()), "names and shapes alone"
+
+
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from waypost.model.adapter_names import is_adapter, stored_name
 from waypost.model.config import ModelConfig
 from waypost.model.decoder import Decoder
 from waypost.model.families import FAMILIES
-from waypost.model.hf_config import NEUTRAL, config_from_hf, config_to_hf, read_config, stock_type
+from waypost.model.hf_config import NEUTRAL, config_from_hf, config_to_hf, read_config, stock_type, with_dtype
+from waypost.model.linear.int8 import check_stored
 
 if TYPE_CHECKING:
     from waypost.kernels import Ops
@@ -71,7 +72,8 @@ def from_hf_name(config: ModelConfig, name: str) -> str:
 
 def entries(model: Decoder) -> list[Entry]:
     """The weights as a state table: live views under Hugging Face names, role "weight"; DTensor shards as boxes. Those of an
-    adapter have the role "adapter", and PEFT's names."""
+    adapter have the role "adapter", and PEFT's names. ConfigError where weights in few bits have no numbers to save."""
+    check_stored(model)
     rename = hf_renamer(model.config)
     table = []
     for name, parameter in model.named_parameters():
@@ -91,6 +93,7 @@ def load(
     that need no cast stay views of the file: there at once, read when they are touched, and a write to them stays in
     memory. With `verify`, every weight's digest is checked first, where there is a manifest: about 0.15 s a gigabyte.
     Weights that the folder holds in few bits come as the bfloat16 numbers that they mean; `quantized.load` keeps them packed.
+    Linears that round their rows too (LLM.int8()) stay as they are served: their weights are not trainable, nor to be saved.
 
     CheckpointError: a weight is damaged, missing, left over, or of another shape than config.json asks for.
     """
@@ -167,7 +170,7 @@ def assemble(
             )
         copies[name] = found.to(dtype or found.dtype, copy=copy)
     model.load_state_dict(copies, assign=True)
-    model.config = _with_dtype(config, next(iter(copies.values())).dtype)
+    model.config = with_dtype(config, str(next(iter(copies.values())).dtype).removeprefix("torch."))
     return model
 
 
@@ -225,14 +228,6 @@ def _check_names(config: ModelConfig, sources: Mapping[str, str], stored: Mappin
             f"{where}: tensor '{over[0]}' ({len(over)} in all) belongs to nothing that config.json describes; its "
             "fields do not fit these weights"
         )
-
-
-def _with_dtype(config: ModelConfig, dtype: torch.dtype) -> ModelConfig:
-    """`config` stating the dtype that the weights now have, where it stated one."""
-    stated: dict[str, Any] = {
-        key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config.hf_extras
-    }
-    return replace(config, hf_extras={**config.hf_extras, **stated}) if stated else config
 
 
 @torch.no_grad()

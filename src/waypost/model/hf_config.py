@@ -223,6 +223,12 @@ def _describes(tree: Tree, config: ModelConfig) -> bool:
     return replace(found, hf_extras={}, model_type="") == replace(config, hf_extras={}, model_type="")
 
 
+def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    """`config` stating the dtype that the weights now have, where it stated one."""
+    stated: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if key in config.hf_extras}
+    return replace(config, hf_extras={**config.hf_extras, **stated}) if stated else config
+
+
 def read_config(folder: str | Path) -> ModelConfig:
     """The config.json of `folder`. A missing or malformed one is a ConfigError."""
     path = Path(folder) / "config.json"

@@ -62,9 +62,9 @@ def _other(model: Decoder, ops: Ops, weights: Weights, dtype: torch.dtype) -> De
     from waypost.model import hf
 
     if isinstance(weights, Mapping):
-        stored = {entry.spec.name: entry.tensor for entry in hf.entries(model)}
-        if any(tensor.is_meta for tensor in stored.values()):
+        if any(parameter.is_meta for parameter in model.parameters()):
             raise CheckpointError("swap: the model being served is quantised; swap in a whole folder, not single tensors")
+        stored = {entry.spec.name: entry.tensor for entry in hf.entries(model)}
         for name, tensor in weights.items():
             if name not in stored:
                 raise CheckpointError(f"swap: the model has no tensor '{name}'.{nearest(name, tuple(stored))}")

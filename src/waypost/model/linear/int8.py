@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from waypost.core.errors import ConfigError
 from waypost.kernels.linear import int8
 from waypost.kernels.linear.quantized import QuantizedWeight
 from waypost.model.linear.dense import Linear
@@ -35,6 +36,17 @@ class Int8Linear(Linear):
     def product(self, x: Tensor, ops: Ops) -> Tensor:
         out = self._multiply(x)
         return out if self.bias is None else out + self.bias
+
+
+def check_stored(model: Decoder) -> None:
+    """ConfigError where weights of `model` have no storage, because they are computed from few bits; a model on the meta
+    device, of names and shapes alone, has none at all."""
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty and any(not parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            f"{empty[0]} ({len(empty)} in all) is quantised: it has no numbers to save or to train; take the folder it was "
+            "made from, or widen it and load that: waypost export CKPT OUT --weights-only --dtype bf16"
+        )
 
 
 def put(model: Decoder, name: str, weight: QuantizedWeight, scheme: Scheme) -> None:
