@@ -12,7 +12,7 @@ from waypost.core.errors import CapacityError
 from waypost.kernels import memory
 from waypost.kernels.ops import PAGE_TOKENS
 from waypost.model.rows import Rows
-from waypost.serve.pages import Ahead, PagedKv, PagePool, pages_for
+from waypost.serve.pages import PagedKv, PagePool, UpcomingPages, pages_for
 from waypost.testing.tiny import tiny_config
 
 
@@ -104,15 +104,15 @@ def test_memory_of_pages_is_fetched_before_they_are_used(monkeypatch: pytest.Mon
     before = [t.clone() for t in tensors]
     real = memory.populate
     monkeypatch.setattr(memory, "HUGE_PAGE_BYTES", 10 * tensors[0][0].nbytes)
-    monkeypatch.setattr(Ahead, "PAUSE_S", 0.0)
+    monkeypatch.setattr(UpcomingPages, "PAUSE_S", 0.0)
     monkeypatch.setattr(memory, "populate", lambda part: (fetched.append((int(part[0, 0]), int(part[-1, 0]))), real(part)))
-    ahead = Ahead(tensors)
+    upcoming = UpcomingPages(tensors)
 
     def reach(page: int) -> list[tuple[int, int]]:
         fetched.clear()
-        ahead.reach(page)
-        if ahead._thread is not None:
-            ahead._thread.join(60)
+        upcoming.reach(page)
+        if upcoming._thread is not None:
+            upcoming._thread.join(60)
         return list(fetched)
 
     assert reach(4) == []

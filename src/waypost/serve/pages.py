@@ -123,7 +123,7 @@ class PagedKv:
         self.v_pages = [memory.empty((num_pages, groups, P, width), dtype) for groups, width in shapes]
         for pages in (*self.k_pages, *self.v_pages):  # now, so that the first request does not wait for the system's pages
             pages[:1] = 0
-        self._ahead = Ahead([*self.k_pages, *self.v_pages])
+        self._upcoming = UpcomingPages([*self.k_pages, *self.v_pages])
         self.sums = [torch.zeros(num_pages, groups, P) for groups, _ in shapes] if counting else None
         """Where a KV policy asks for it: of each key, the attention that it has received so far; a layer each, float32."""
 
@@ -135,7 +135,7 @@ class PagedKv:
 
     def step(self, table: Tensor, slots: Tensor) -> StepKv:
         """The cache as one forward pass sees it: table (S, max_pages) int32, slots (T,) int64."""
-        self._ahead.reach(int(table.max()) if table.numel() else 0)
+        self._upcoming.reach(int(table.max()) if table.numel() else 0)
         return StepKv(self, table, slots)
 
     def move(self, layer: int, pages: Sequence[int], keep: Tensor) -> None:
@@ -157,7 +157,7 @@ class PagedKv:
             pages[target].copy_(pages[source])
 
 
-class Ahead:
+class UpcomingPages:
     """Fetches the memory of cached pages shortly before they are used, on a thread beside.
 
     The system gives a huge page in up to 5 ms, and the next one is due in every tensor at the same page: the step that came
@@ -180,7 +180,7 @@ class Ahead:
             return
         if self._thread is None or not self._thread.is_alive():
             begin, self._ready = self._ready, max(self._ready, page) + self._strip
-            self._thread = threading.Thread(target=self._fetch, args=(begin, self._ready), name="waypost-pages", daemon=True)
+            self._thread = threading.Thread(target=self._fetch, args=(begin, self._ready), name="waypost-cache", daemon=True)
             self._thread.start()
 
     def _fetch(self, begin: int, end: int) -> None:
