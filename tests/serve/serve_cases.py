@@ -71,7 +71,7 @@ def by_hand(model: Decoder, prompt: list[int], sampling: Sampling, choice: int =
     while reason is None:
         with torch.no_grad():
             logits = model(Batch.of([tokens]))[-1:]
-        draw = sample(logits, [answer.ask(len(tokens))], model.ops.log_sum_exp)[0]
+        draw = sample(logits, [answer.ask(len(tokens))], model.ops)[0]
         reason = answer.take(draw).finish_reason
         tokens.append(draw.token_id)
         drawn.append(draw.drawn_logprob)

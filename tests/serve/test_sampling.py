@@ -16,10 +16,10 @@ from waypost.core.rng import uniform_at
 from waypost.kernels import select
 from waypost.serve.answer import Answer
 from waypost.serve.sampling import Ask, Draw, Sampling, penalties, sample, truncation
-from waypost.serve.sampling.draw import distribution, inverse_cdf, largest
+from waypost.serve.sampling.draw import distribution, inverse_cdf
 
 V = 300
-LSE = select(kernel="naive").log_sum_exp
+OPS = select(kernel="naive")
 
 
 def rows(n: int = 6, vocab: int = V, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -144,7 +144,7 @@ def test_a_draw_is_a_function_of_seed_choice_and_position() -> None:
     sampling = Sampling(temperature=1.0)
 
     def draw(seed: int, choice: int, position: int) -> int:
-        return sample(logits, [Ask(sampling, seed, choice, position)], LSE)[0].token_id
+        return sample(logits, [Ask(sampling, seed, choice, position)], OPS)[0].token_id
 
     assert draw(1, 0, 5) == draw(1, 0, 5)
     for varied in ([draw(s, 0, 5) for s in range(40)], [draw(1, c, 5) for c in range(40)], [draw(1, 0, p) for p in range(40)]):
@@ -175,23 +175,23 @@ WISHES = (
 def test_a_row_does_not_depend_on_the_rows_beside_it(order: list[int], dtype: torch.dtype) -> None:
     logits = rows(len(WISHES), seed=4).to(dtype)
     asks = [Ask(s, i, 0, 9, {2: 1, 250: 3}, torch.tensor([1, 2]), (7,) if i % 3 == 0 else ()) for i, s in enumerate(WISHES)]
-    together = sample(logits[order], [asks[i] for i in order], LSE)
-    alone = [sample(logits[i : i + 1], [asks[i]], LSE)[0] for i in order]
+    together = sample(logits[order], [asks[i] for i in order], OPS)
+    alone = [sample(logits[i : i + 1], [asks[i]], OPS)[0] for i in order]
     assert together == alone
 
 
 def test_logprobs_before_and_after() -> None:
     logits = rows(1, seed=2)
     model = torch.log_softmax(logits[0].double(), -1)
-    draw = sample(logits, [Ask(Sampling(temperature=0.5, top_k=4, logprobs=5), 1, 0, 0)], LSE)[0]
+    draw = sample(logits, [Ask(Sampling(temperature=0.5, top_k=4, logprobs=5), 1, 0, 0)], OPS)[0]
     after = ours(logits, Sampling(temperature=0.5, top_k=4))[0].log()
     assert draw.logprob == pytest.approx(float(model[draw.token_id]), abs=1e-5)  # float32 against float64
     assert draw.drawn_logprob == pytest.approx(float(after[draw.token_id]), abs=1e-5)
     assert [t for t, _ in draw.top] == model.topk(5).indices.tolist()
     assert [x for _, x in draw.top] == pytest.approx(model.topk(5).values.tolist(), abs=1e-5)
-    greedy = sample(logits, [Ask(Sampling(temperature=0.0, logprobs=0), 1, 0, 0)], LSE)[0]
+    greedy = sample(logits, [Ask(Sampling(temperature=0.0, logprobs=0), 1, 0, 0)], OPS)[0]
     assert (greedy.token_id, greedy.drawn_logprob, greedy.top) == (int(model.argmax()), 0.0, ())
-    plain = sample(logits, [Ask(Sampling(temperature=1.0, logprobs=0), 1, 0, 0)], LSE)[0]
+    plain = sample(logits, [Ask(Sampling(temperature=1.0, logprobs=0), 1, 0, 0)], OPS)[0]
     assert plain.drawn_logprob == pytest.approx(plain.logprob, abs=1e-5)
 
 
@@ -199,7 +199,7 @@ def test_logprobs_before_and_after() -> None:
 def test_logits_that_are_not_finite_fail_their_row_alone(value: float) -> None:
     logits = rows(2)
     logits[0, 7] = value
-    draws = sample(logits, [Ask(Sampling(temperature=t, logprobs=1), 0, 0, 0) for t in (1.0, 1.0)], LSE)
+    draws = sample(logits, [Ask(Sampling(temperature=t, logprobs=1), 0, 0, 0) for t in (1.0, 1.0)], OPS)
     assert draws[0].failure is not None
     assert "not finite" in draws[0].failure
     assert draws[1].failure is None
@@ -238,23 +238,5 @@ def test_sampling_comes_back_from_its_tree() -> None:
 def test_greedy_takes_the_lowest_of_equals(ties: list[int], at: int) -> None:
     logits = rows().bfloat16()
     logits[at, ties] = 50.0
-    draws = sample(logits, [Ask(Sampling(temperature=0.0), 0, 0, 0)] * 6, LSE)
+    draws = sample(logits, [Ask(Sampling(temperature=0.0), 0, 0, 0)] * 6, OPS)
     assert draws[at].token_id == min(ties)
-
-
-@given(
-    rows=st.integers(1, 4),
-    vocab=st.sampled_from([1, 7, 255, 256, 257, 1000]),
-    levels=st.sampled_from([1, 2, 50]),
-    seed=st.integers(0, 99),
-    special=st.sampled_from([None, math.nan, math.inf, -math.inf]),
-)
-def test_the_largest_is_the_first_of_equals(rows: int, vocab: int, levels: int, seed: int, special: float | None) -> None:
-    source = torch.Generator().manual_seed(seed)
-    logits = torch.randint(levels, (rows, vocab), generator=source).bfloat16()
-    if special is not None:
-        logits[:, int(torch.randint(vocab, (1,), generator=source)) :: 3] = special
-    peak, place = largest(logits)
-    want = logits.max(-1)
-    assert torch.equal(place, want.indices)
-    assert torch.equal(peak.nan_to_num(9e9), want.values.nan_to_num(9e9))

@@ -31,10 +31,13 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "swiglu_forward": [_P, _L, _P, _L, _L, _I, _P, _I],
         "swiglu_backward": [_P, _L, _P, _L, _P, _L, _I, _P, _P, _I],
     },
-    "training": {
-        "attention_backward": [_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _P, _I],
+    "logits": {
+        "largest": [_P, _L, _L, _L, _P, _P, _I],
         "log_sum_exp": [_P, _L, _L, _I, _P, _I],
         "cross_entropy_gradient": [_P, _L, _I, _P, _P, _P, _I],
+    },
+    "training": {
+        "attention_backward": [_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _P, _I],
         "squared_norm": [_P, _L, _I],
     },
     "quantized": {

@@ -38,11 +38,8 @@ GROUPS: dict[str, tuple[_Source, ...]] = {
         ("rms_norm/rms_norm.cpp", ELEMENTS),
     ),
     "elementwise": (("rope/rope.cpp", ELEMENTS), ("swiglu/swiglu.cpp", ELEMENTS)),
-    "training": (
-        ("attention/backward.cpp", ELEMENTS),
-        ("cross_entropy/cross_entropy.cpp", ELEMENTS),
-        ("squared_norm/squared_norm.cpp", ELEMENTS),
-    ),
+    "logits": (("cross_entropy/cross_entropy.cpp", ELEMENTS), ("largest/largest.cpp", ELEMENTS)),
+    "training": (("attention/backward.cpp", ELEMENTS), ("squared_norm/squared_norm.cpp", ELEMENTS)),
     "quantized": (("linear/quantized.cpp", ("bf16",)),),
     "int8": (("linear/int8.cpp", _ROWS),),
     "low_rank": (("low_rank/low_rank.cpp", ELEMENTS),),

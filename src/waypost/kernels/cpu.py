@@ -5,6 +5,7 @@ from __future__ import annotations
 from waypost.kernels import build
 from waypost.kernels.attention.cpu import counting_attention, paged_attention, ragged_attention, write_pages
 from waypost.kernels.cross_entropy.cpu import cross_entropy_gradient, log_sum_exp
+from waypost.kernels.largest.cpu import largest
 from waypost.kernels.layers.cpu import run_layers
 from waypost.kernels.linear.cpu import linear
 from waypost.kernels.low_rank.cpu import low_rank
@@ -30,6 +31,7 @@ def ops() -> Ops:
         counting_attention,
         ragged_attention,
         log_sum_exp,
+        largest,
         cross_entropy_gradient,
         squared_norm,
         WHOLE,

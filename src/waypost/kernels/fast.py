@@ -10,6 +10,7 @@ from torch import Tensor
 
 from waypost.kernels.attention.naive import counting, write_pages
 from waypost.kernels.cross_entropy.naive import cross_entropy_gradient
+from waypost.kernels.largest.naive import largest
 from waypost.kernels.low_rank.naive import low_rank
 from waypost.kernels.ops import Ops
 from waypost.kernels.rms_norm.naive import rms_norm
@@ -31,6 +32,7 @@ def ops() -> Ops:
         counting_attention,
         ragged_attention,
         log_sum_exp,
+        largest,
         cross_entropy_gradient,
         squared_norm,
         WHOLE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from waypost.kernels.attention.naive import counting_attention, paged_attention, ragged_attention, write_pages
 from waypost.kernels.cross_entropy.naive import cross_entropy_gradient, log_sum_exp
+from waypost.kernels.largest.naive import largest
 from waypost.kernels.linear.naive import linear
 from waypost.kernels.low_rank.naive import low_rank
 from waypost.kernels.ops import Ops
@@ -27,6 +28,7 @@ def ops() -> Ops:
         counting_attention,
         ragged_attention,
         log_sum_exp,
+        largest,
         cross_entropy_gradient,
         squared_norm,
         WHOLE,

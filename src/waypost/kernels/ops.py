@@ -103,6 +103,12 @@ class LogSumExpOp(Protocol):
     def __call__(self, logits: Tensor) -> Tensor: ...
 
 
+class LargestOp(Protocol):
+    """logits (n, V) -> the largest of each row, NaN where there is one, in float32; and the first place that has it: both (n,)."""
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 class CrossEntropyGradientOp(Protocol):
     """(softmax(logits) - one_hot(targets)) * weights[:, None], in the dtype of logits; may overwrite logits (n, V).
 
@@ -170,6 +176,7 @@ class Ops:
     counting_attention: CountingAttentionOp
     ragged_attention: RaggedAttentionOp
     log_sum_exp: LogSumExpOp
+    largest: LargestOp
     cross_entropy_gradient: CrossEntropyGradientOp
     squared_norm: SquaredNormOp
     vocabulary: Vocabulary

@@ -271,7 +271,7 @@ class Engine:
         """A token for each of `sequences` from its row of `logits`."""
         asks = [s.answer.ask(len(s.tokens)) for s in sequences]
         part = logits if list(rows) == [*range(len(logits))] else logits[rows]
-        draws = sample(part, asks, self.model.ops.log_sum_exp, self.weight_version)
+        draws = sample(part, asks, self.model.ops, self.weight_version)
         now = time.monotonic()
         return [self._take(sequence, draw, now) for sequence, draw in zip(sequences, draws, strict=True)]
 

@@ -174,7 +174,7 @@ def _draw_s(engine: Engine, work: Work) -> float:
     model, greedy = engine.model, Sampling(temperature=0.0)
     asks = [Ask(greedy, seed=0, choice=i, position=9) for i in range(work.heads)]
     logits = torch.linspace(-1, 1, work.heads * model.config.vocab_size).view(work.heads, -1).to(model.dtype)
-    return best_seconds(lambda: sample(logits, asks, model.ops.log_sum_exp))
+    return best_seconds(lambda: sample(logits, asks, model.ops))
 
 
 def _parts(

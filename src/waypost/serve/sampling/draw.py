@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from waypost.core.rng import uniform_at
-from waypost.kernels.ops import LogSumExpOp
+from waypost.kernels.ops import LogSumExpOp, Ops
 from waypost.serve.sampling import grammar, penalties, truncation
 from waypost.serve.sampling.params import Sampling
 
@@ -67,9 +67,9 @@ class Draw:
 
 
 @torch.no_grad()
-def sample(logits: Tensor, asks: Sequence[Ask], log_sum_exp: LogSumExpOp, weight_version: int = 0) -> list[Draw]:
+def sample(logits: Tensor, asks: Sequence[Ask], ops: Ops, weight_version: int = 0) -> list[Draw]:
     """(n, V) logits of the weights `weight_version`, one Ask a row -> one Draw a row."""
-    peak, best = largest(logits)
+    peak, best = ops.largest(logits)
     failed = {i: v for i, v in enumerate(peak.tolist()) if not math.isfinite(v)}
     if failed:
         logits = logits.index_fill(0, torch.tensor(list(failed)), 0.0)
@@ -88,7 +88,7 @@ def sample(logits: Tensor, asks: Sequence[Ask], log_sum_exp: LogSumExpOp, weight
             part = torch.stack([edited[i] if i in edited else logits[i].float() for i in rows])
         for i, (token, logprob) in zip(rows, _draw(part, [asks[i] for i in rows]), strict=True):
             tokens[i], drawn[i] = token, logprob
-    measured = _measure(logits, asks, tokens, log_sum_exp)
+    measured = _measure(logits, asks, tokens, ops.log_sum_exp)
     out = []
     for i, token in enumerate(tokens):
         if i in failed:
@@ -98,19 +98,6 @@ def sample(logits: Tensor, asks: Sequence[Ask], log_sum_exp: LogSumExpOp, weight
         else:
             out.append(Draw(token, weight_version=weight_version))
     return out
-
-
-def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (n, V) -> the largest of each row (NaN where there is one) and the first place that has it, both (n,).
-
-    As torch.max, whose search for places over whole rows takes five times as long: this finds the block, then the place.
-    """
-    missing = -logits.shape[1] % BLOCK
-    blocks = (F.pad(logits, (0, missing), value=-math.inf) if missing else logits).unflatten(1, (-1, BLOCK))
-    tops = blocks.amax(-1)  # (n, V / BLOCK)
-    peak, block = tops.max(-1)
-    inside = blocks[torch.arange(len(logits)), block].max(-1).indices
-    return peak, block * BLOCK + inside
 
 
 def _edit(row: Tensor, ask: Ask) -> Tensor:  # (V,) -> (V,)
