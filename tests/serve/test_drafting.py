@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,14 @@ from test_serving_adapters import run, saved
 
 from waypost.core.errors import ConfigError
 from waypost.serve.costs import measure
+from waypost.serve.draft_worth import OPENING, SHARE
 from waypost.serve.drafting import AdaptiveTrigram, NGram, Wish
 from waypost.serve.drafting.ngram import copied
 from waypost.serve.drafting.trigram import likeliest, strengthen
 from waypost.serve.engine import Engine
 from waypost.serve.request import Request
 from waypost.serve.sampling import Sampling
-from waypost.serve.speculation import TRIED_AGAIN_STEPS, Acceptance, RowCosts, TileCosts, worthwhile
+from waypost.serve.scheduling import Span
 from waypost.testing.tiny import tiny_tokenizer
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
@@ -190,51 +193,91 @@ def test_a_text_with_stop_strings_and_choices() -> None:
     assert answers == [answers[0]] * 3
 
 
-def test_who_loses_stops_and_tries_again() -> None:
-    """A drafter that is always wrong, where a row costs a tenth of a step."""
-    model, prompt = model_of("gqa", "fp32", KERNELS[-1]), prompt_of(10, 2)
+@dataclass
+class Following(Told):
+    """Told, that counts how often it had to follow a text."""
+
+    followed: int = 0
+
+    def observe(self, key: int, tokens: Sequence[int]) -> None:
+        self.followed += 1
+
+
+def priced(drafter: object, seconds: Callable[[int], float], guessing_s: float = 0.0, **more: int) -> Engine:
+    """An engine that believes that a step of n rows takes `seconds(n)`, and guessing `guessing_s`, whatever the clock says."""
+    engine = make_engine(model_of("gqa", "fp32", KERNELS[-1]), num_pages=200, drafting=drafter, **more)  # type: ignore[arg-type]
+    observe, now = engine.drafts.observe, itertools.count()
+    engine.drafts.clock = lambda: next(now) * guessing_s
+
+    def told_the_price(spans: Sequence[Span], took_s: float) -> None:
+        observe(spans, seconds(sum(s.num_rows for s in spans)) + engine.drafts._guessing_s)
+
+    engine.drafts.observe = told_the_price  # type: ignore[method-assign]
+    return engine
+
+
+def test_who_loses_is_switched_off_and_tried_again_when_texts_repeat() -> None:
+    """One engine, where a tile more costs half a step: its drafter is always wrong, then right."""
+    prompts = [[20 + i, *prompt_of(9, i)] for i in range(8)]
+    sampling = Sampling(temperature=0.9, max_tokens=150, seed=2, logprobs=0, ignore_eos=True)
+    plain = make_engine(model_of("gqa", "fp32", KERNELS[-1]), num_pages=200)
+    want = [answers_of(done) for done in plain.generate(prompts, sampling)]
+    said = {p[0]: p + answer[0][0] for p, answer in zip(prompts, want, strict=True)}
+    drafter = Following(said, lie=1)
+    engine = priced(drafter, lambda rows: 1.0 + -(-rows // 8), guessing_s=0.01)
+    assert [answers_of(done) for done in engine.generate(prompts, sampling)] == want
+    lost, steps = engine.stats().num_drafts / 8, engine.stats().num_steps
+    assert 0 < lost <= (OPENING + SHARE * steps) / 0.5 + 1
+    assert drafter.followed <= 8 * 0.2 * steps, "the texts were followed although nothing was guessed"
+    for turn in range(3):  # the last trial knows
+        drafter.lie, before = 1000, engine.stats()
+        assert [answers_of(done) for done in engine.generate(prompts, sampling)] == want
+        after = engine.stats()
+        if turn == 2:
+            assert after.num_steps - before.num_steps < 0.5 * steps
+            assert after.accepted_tokens - before.accepted_tokens > 0.5 * 8 * 150
+
+
+def test_a_drafter_that_costs_more_than_it_gains_is_switched_off() -> None:
+    """All guesses come true and rows are free, but guessing takes longer than the steps that it saves."""
+    prompt = prompt_of(10, 2)
     sampling = Sampling(temperature=0.9, max_tokens=200, seed=2, logprobs=0, ignore_eos=True)
-    engine = make_engine(model, drafting=told([prompt], [sampling], model, lie=1))
-    engine.drafts.costs.observe = lambda rows, seconds: None  # type: ignore[method-assign]
-    engine.drafts.costs.line = lambda: (0.9, 0.1)  # type: ignore[method-assign]
-    assert answers_of(engine.generate([prompt], sampling)[0]) == [by_hand(model, prompt, sampling)]
-    assert 5 < engine.stats().draft_tokens < 40
+    drafter = told([prompt], [sampling], model_of("gqa", "fp32", KERNELS[-1]), lie=1000)
+    for guessing_s, drafted in ((0.0, range(100, 200)), (9.0, range(1, 20))):
+        engine = priced(drafter, lambda rows: 1.0, guessing_s)
+        assert answers_of(engine.generate([prompt], sampling)[0])[0][0] == drafter.said[prompt[0]][10:]
+        assert engine.stats().draft_tokens in drafted, guessing_s
 
 
-def test_a_guess_is_worth_its_row() -> None:
-    assert worthwhile(0.5, 1.0, 0.1, 1, 9) == 3  # 0.5^3 = 0.125 > 0.1 > 0.5^4
-    assert worthwhile(0.5, 1.0, 0.1, 4, 9) == 1
-    assert worthwhile(0.5, 1.0, 0.1, 6, 9) == 0
-    assert worthwhile(1.0, 1.0, 0.1, 6, 9) == 9
+def test_guesses_that_do_not_pay_for_the_larger_step_are_left_out() -> None:
+    """Guesses that mostly come true, of eight sequences that fill a tile: what a second tile was found to cost decides."""
+    prompts = [prompt_of(10, i) for i in range(8)]
+    sampling = Sampling(temperature=0.9, max_tokens=30, seed=3, logprobs=0, ignore_eos=True)
+    drafter = told(prompts, [sampling] * 8, model_of("gqa", "fp32", KERNELS[-1]))
+    drafted = []
+    for tile_s in (0.01, 3.0):
+        engine = priced(drafter, lambda rows, tile_s=tile_s: 1.0 + tile_s * (-(-rows // 8)), max_sequences=8)  # type: ignore[misc]
+        done = engine.generate(prompts, sampling)
+        assert [answers_of(answer)[0][0] for answer in done] == [drafter.said[p[0]][10:] for p in prompts]
+        drafted.append(engine.stats().num_drafts / 8)
+    assert drafted[0] > 8.0
+    assert 0 < drafted[1] < 4.0, "tries, and steps of fewer sequences when others have ended"
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    chance=st.floats(0, 1), step=st.floats(0.01, 1), row=st.floats(0.0001, 0.1), n=st.integers(1, 64), most=st.integers(0, 8)
-)
-def test_no_other_number_of_guesses_gives_more_tokens_a_second(
-    chance: float, step: float, row: float, n: int, most: int
-) -> None:
-    """To first order in what a step gains: tokens gained, less what the others lose while they wait."""
-    gains = [sum(chance**j * step - n * row for j in range(1, k + 1)) for k in range(most + 1)]
-    assert gains[worthwhile(chance, step, row, n, most)] >= max(gains) - 1e-9
-
-
-def test_costs_are_the_line_of_what_was_measured() -> None:
-    costs = RowCosts()
-    for turn in range(3000):
-        rows = 1 + turn % 9
-        costs.observe(rows, 0.01 + 0.002 * rows)
-    assert costs.line() == pytest.approx((0.01, 0.002), rel=1e-3)  # the guess it began with has faded
-
-
-def test_acceptance_counts_what_was_found_out() -> None:
-    known = Acceptance()
-    first = known.chance
-    known.learn(4, 4)
-    assert known.chance > first
-    known.learn(4, 0)
-    assert (known.tried, known.came_true) == (5.0, 4.0), "of three guesses after a wrong one nothing is known"
+def test_a_step_that_computes_prompts_has_no_guesses() -> None:
+    prompts = [prompt_of(10, i) for i in range(2)]
+    sampling = Sampling(temperature=0.0, max_tokens=40, seed=0, logprobs=0, ignore_eos=True)
+    engine = priced(told(prompts, [sampling] * 2, model_of("gqa", "fp32", KERNELS[-1])), lambda rows: 1.0)
+    engine.submit(Request(prompts[0], sampling))
+    while not engine.stats().num_drafts:
+        engine.step()
+    before = engine.stats().num_drafts
+    engine.submit(Request(prompts[1], sampling))
+    engine.step()
+    assert engine.stats().num_drafts == before
+    while not engine.idle:
+        engine.step()
+    assert engine.stats().num_drafts > before
 
 
 def test_costs_of_steps_are_measured_without_guesses() -> None:
@@ -253,34 +296,3 @@ def test_impossible_ngrams_are_refused(fields: dict[str, int]) -> None:
 def test_impossible_trigrams_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(fields))):
         AdaptiveTrigram(**fields)  # type: ignore[arg-type]
-
-
-def test_tiles_cost_what_steps_of_their_size_took() -> None:
-    tiles = TileCosts()
-    assert tiles.more(8, 1) is None
-    tiles.observe(7, 1.0)
-    assert tiles.more(1, 7) == 0.0, "the ninth row is the first that costs"
-    assert tiles.more(8, 1) is None
-    tiles.observe(9, 1.5)
-    assert tiles.more(8, 1) == tiles.more(3, 13) == pytest.approx(0.5)
-    tiles.observe(16, 1e9)  # the machine stood still
-    assert tiles.more(8, 1) == pytest.approx(0.65)
-    for _ in range(TRIED_AGAIN_STEPS):
-        tiles.observe(8, 1.0)
-    assert tiles.more(8, 1) is None, "long ago: worth a try"
-
-
-def test_guesses_that_do_not_pay_for_the_larger_step_are_left_out() -> None:
-    """Guesses that mostly come true, of eight sequences that fill a tile: what a second tile costs decides."""
-    model, prompts = model_of("gqa", "fp32", KERNELS[-1]), [prompt_of(10, i) for i in range(8)]
-    sampling = Sampling(temperature=0.9, max_tokens=16, seed=3, logprobs=0, ignore_eos=True)
-    drafted = {}
-    for share in (0.0, 1e6):
-        engine = make_engine(model, drafting=told(prompts, [sampling] * 8, model), max_sequences=8)
-        engine.drafts.costs.observe = lambda rows, seconds: None  # type: ignore[method-assign]
-        engine.drafts.costs.line = lambda: (1.0, 0.001)  # type: ignore[method-assign]
-        engine.drafts.costs.tiles.more = lambda rows, guesses, share=share: share if rows + guesses > 8 else 0.0  # type: ignore[misc]
-        done = engine.generate(prompts, sampling)
-        assert [answers_of(answer) for answer in done] == [[by_hand(model, p, sampling)] for p in prompts]
-        drafted[share] = engine.stats().draft_tokens
-    assert drafted[1e6] == 0 < drafted[0.0]

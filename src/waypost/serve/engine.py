@@ -238,7 +238,7 @@ class Engine:
             took_s = time.monotonic() - began
             self._stats.step_s.observe(took_s)
             if decodes:
-                self.drafts.costs.observe(sum(s.num_rows for s in spans), took_s)
+                self.drafts.observe(spans, took_s)
         return deltas
 
     def _run(self, spans: list[Span]) -> list[Delta]:

@@ -5,21 +5,23 @@ would make there, because the noise depends on (seed, choice, position) and a ro
 accepted where it equals the draw before it, and the first that does not ends the chain. So no token changes, penalties and
 grammars included, and what these rows have written to the pages is overwritten by what comes next.
 
-A guess costs a row in a step that every sequence waits for. With n sequences, a step of T seconds and c seconds a row, the
-j-th guess of a sequence that is accepted with chance p a token is worth its row while p^j * T > n * c (the tokens a second
-then rise): k is the largest such j. p is counted for each sequence, c and T are measured: a sequence that loses gets no
-guesses, and tries again when what it has seen is long ago. Rows are computed in tiles, so all guesses of a step together
-must outweigh what a step of their tiles was measured to take more.
+A guess costs a row in a step that every sequence waits for, and guessing takes time of its own. serve/draft_worth.py says
+from measured times which guesses are run, the likeliest first, and whether guessing is worth it at all with so many sequences
+at work. Where it is not, texts are not even followed: the drafter catches up when it is tried again. Steps that compute
+prompts too are not measured, and have no guesses.
 
 Shapes: n rows, V vocab_size.
 """
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from waypost.serve.draft_worth import Acceptance, Regime
 from waypost.serve.drafting import Drafter
 from waypost.serve.drafting._shared import Wish
 from waypost.serve.ledger import LiveSequence
@@ -27,112 +29,6 @@ from waypost.serve.request import Delta
 from waypost.serve.scheduler import Scheduler
 from waypost.serve.scheduling import Span
 from waypost.serve.stats import Stats
-
-FORGET = 0.995
-"""What a past guess, or a measured step, still counts a step later."""
-HOPE, HOPED = 2.0, 0.7
-"""What a guess is worth before any was tried: as if of two, 1.4 had come true."""
-GUESSED_ROW_SHARE = 1 / 16
-"""Of the first measured step, what one more row is taken to cost until it is measured."""
-
-
-TILE_ROWS = 8
-"""Rows that the products take together: the ninth costs more than the eighth."""
-TILE_SHARE = 0.1
-"""What the newest step counts in the mean of its tiles."""
-TRIED_AGAIN_STEPS = 200
-"""After so many steps without one of a size, what was measured of that size is forgotten."""
-
-
-class TileCosts:
-    """Seconds of a decoding step by the tiles that its rows fill, each the mean of the last steps of that size."""
-
-    def __init__(self) -> None:
-        self._steps = 0
-        self._seen: dict[int, tuple[float, int]] = {}  # tiles -> (mean seconds, the step that was the last of them)
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """One step of `rows` rows took `seconds`."""
-        self._steps += 1
-        mean = self._mean(rows)
-        now = seconds if mean is None else mean + TILE_SHARE * (min(seconds, 2 * mean) - mean)  # a pause counts little
-        self._seen[_tiles(rows)] = now, self._steps
-
-    def more(self, rows: int, guesses: int) -> float | None:
-        """What `guesses` rows more add to a step of `rows`, as a share of it; None where one of the two is not known, or was
-        last seen so long ago that it is worth a try."""
-        before, after = self._mean(rows), self._mean(rows + guesses)
-        return None if before is None or after is None else after / before - 1.0
-
-    def _mean(self, rows: int) -> float | None:
-        mean, last = self._seen.get(_tiles(rows), (None, 0))
-        return mean if self._steps - last < TRIED_AGAIN_STEPS else None
-
-
-def _tiles(rows: int) -> int:
-    return -(-rows // TILE_ROWS)
-
-
-class RowCosts:
-    """Seconds of a decoding step as base + row * rows: least squares over past steps, which fade."""
-
-    def __init__(self) -> None:
-        self._sums: tuple[float, ...] | None = None  # weight, rows, rows^2, seconds, rows * seconds
-        self.tiles = TileCosts()
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """One step of `rows` rows took `seconds`."""
-        self.tiles.observe(rows, seconds)
-        if self._sums is None:
-            self._sums = tuple(0.0 for _ in range(5))
-            self._add(rows, seconds)
-            self._add(rows + 16, seconds * (1 + 16 * GUESSED_ROW_SHARE))
-        self._sums = tuple(FORGET * x for x in self._sums)
-        self._add(rows, seconds)
-
-    def line(self) -> tuple[float, float]:
-        """(base, row), neither negative; (1, GUESSED_ROW_SHARE) before the first step."""
-        if self._sums is None:
-            return 1.0, GUESSED_ROW_SHARE
-        weight, x, xx, y, xy = self._sums
-        row = max((weight * xy - x * y) / max(weight * xx - x * x, 1e-12), 0.0)
-        return max((y - row * x) / weight, 0.0), row
-
-    def _add(self, rows: int, seconds: float) -> None:
-        assert self._sums is not None
-        one = (1.0, rows, rows * rows, seconds, rows * seconds)
-        self._sums = tuple(a + b for a, b in zip(self._sums, one, strict=True))
-
-
-@dataclass
-class Acceptance:
-    """How often a sequence's guesses came true."""
-
-    tried: float = 0.0
-    came_true: float = 0.0
-
-    @property
-    def chance(self) -> float:
-        """That the next guess comes true, if those before it did."""
-        return (self.came_true + HOPED * HOPE) / (self.tried + HOPE)
-
-    def fade(self) -> None:
-        """A step has passed."""
-        self.tried *= FORGET
-        self.came_true *= FORGET
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """Of `drafted` guesses the first `accepted` came true; of those after the first false one nothing is known."""
-        self.tried += accepted + (accepted < drafted)
-        self.came_true += accepted
-
-
-def worthwhile(chance: float, step_s: float, row_s: float, num_sequences: int, most: int) -> int:
-    """The largest k <= most with chance^k * step_s > num_sequences * row_s."""
-    k, value = 0, chance * step_s
-    while k < most and value > num_sequences * row_s:
-        k, value = k + 1, value * chance
-    return k
 
 
 @dataclass
@@ -144,11 +40,16 @@ class Speculation:
     stats: Stats
     always: bool = False
     """As many guesses as there is room for, whether they pay or not: for measuring what they cost."""
-    costs: RowCosts = field(default_factory=RowCosts)
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds; tokens and log-probabilities do not depend on it."""
+    regimes: dict[int, Regime] = field(default_factory=dict)
+    """Sequences of a decoding step -> what is known of such steps."""
 
     def __post_init__(self) -> None:
         self._proposer = self.drafter.build() if self.drafter is not None else None
-        self._known: dict[int, Acceptance] = {}
+        self._known: dict[int, tuple[int, Acceptance]] = {}
+        self._guessing_s = self._prompts_s = 0.0
+        self._accepted = 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -161,39 +62,79 @@ class Speculation:
 
     def lengthen(self, spans: list[Span]) -> list[Span]:
         """`spans`, decodes among them with guesses for which there are rows and pages."""
+        self._guessing_s, self._prompts_s, self._accepted = 0.0, 0.0, 0
         if self._proposer is None or not spans:
             return spans
-        rows = self.scheduler.ledger.tokens(spans)
-        room = int(self.scheduler.max_batch_tokens - rows)
-        base, row = self.costs.line()
-        step_s = base + row * rows
-        out, wishes = {id(s): s for s in spans}, list[Wish]()
-        drafting = [s for s in spans if self._may(s)]
-        for span in drafting:
-            key, tokens, answer = span.sequence.arrival, span.sequence.tokens, span.sequence.answer
-            self._proposer.observe(key, tokens)
-            known = self._known.setdefault(key, Acceptance())
-            known.fade()
-            most = answer.max_tokens - answer.num_tokens - 1  # the draw after the last guess is a token too
-            most = most if self.always else worthwhile(known.chance, step_s, row, len(spans), most)
-            wishes.append(Wish(key, tokens, most))
-        asked = [(span, wish) for span, wish in zip(drafting, wishes, strict=True) if wish.most > 0]
-        proposed = self._proposer.propose([w for _, w in asked])
-        if not (self.always or self._pays_together([(s, g[: w.most]) for (s, w), g in zip(asked, proposed)], spans)):
+        regime = self.regimes.get(len(spans)) or self.regimes.setdefault(len(spans), Regime(len(spans)))
+        if not (self.always or (regime.drafts and all(s.sequence.decoding for s in spans))):
             return spans
-        for (span, wish), guesses in zip(asked, proposed, strict=True):
-            draft = self.scheduler.make_room(span, guesses[: min(wish.most, room)])
-            room -= len(draft)
-            out[id(span)] = replace(span, draft=tuple(draft))
+        drafting = [s for s in spans if self._may(s)]
+        self._follow(drafting, regime.trials)
+        began = self.clock()
+        chains = self._chains(drafting)
+        room = int(self.scheduler.max_batch_tokens - self.scheduler.ledger.tokens(spans))
+        counts = {id(s): len(guesses) for s, guesses in chains} if self.always else self._chosen(chains, regime)
+        out = {id(s): s for s in spans}
+        for span, guesses in chains:
+            if counts[id(span)]:
+                draft = self.scheduler.make_room(span, guesses[: min(counts[id(span)], room)])
+                room -= len(draft)
+                out[id(span)] = replace(span, draft=tuple(draft))
+        self._guessing_s += self.clock() - began
         return list(out.values())
 
-    def _pays_together(self, drafts: Sequence[tuple[Span, Sequence[int]]], spans: Sequence[Span]) -> bool:
-        """Whether what is expected of all `drafts` outweighs the larger step, as far as such steps were measured."""
-        rows = sum(s.num_rows for s in spans)
-        more = self.costs.tiles.more(rows, sum(len(guesses) for _, guesses in drafts))
-        chances = ((self._known[span.sequence.arrival].chance, len(guesses)) for span, guesses in drafts)
-        expected = sum(chance**j for chance, count in chances for j in range(1, count + 1))
-        return more is None or expected >= more * len(spans)
+    def _follow(self, spans: Sequence[Span], trial: int) -> None:
+        """Shows the drafter how texts have gone on. Its first sight of one is charged to no decoding step: that is a thousandth
+        of what computing the prompt took, and would end a trial before the first guess."""
+        assert self._proposer is not None
+        new = [s.sequence for s in spans if s.sequence.arrival not in self._known]
+        old = [s.sequence for s in spans if s.sequence.arrival in self._known]
+        times = [self.clock()]
+        for sequences in (new, old):
+            for sequence in sequences:
+                self._proposer.observe(sequence.arrival, sequence.tokens)
+            times.append(self.clock())
+        self._prompts_s, self._guessing_s = times[1] - times[0], times[2] - times[1]
+        self._known.update((sequence.arrival, (trial, Acceptance())) for sequence in new)
+
+    def _chains(self, spans: Sequence[Span]) -> list[tuple[Span, list[int]]]:
+        """What is guessed to follow each of `spans`, as far as its answer may go on; the draw after the last guess is a
+        token too."""
+        assert self._proposer is not None
+        wishes = []
+        for sequence in (s.sequence for s in spans):
+            answer = sequence.answer
+            wishes.append(Wish(sequence.arrival, sequence.tokens, answer.max_tokens - answer.num_tokens - 1))
+        asked = [(span, wish) for span, wish in zip(spans, wishes, strict=True) if wish.most > 0]
+        proposed = self._proposer.propose([wish for _, wish in asked])
+        return [(span, guesses[: wish.most]) for (span, wish), guesses in zip(asked, proposed, strict=True)]
+
+    def _chosen(self, chains: Sequence[tuple[Span, list[int]]], regime: Regime) -> Counter[int]:
+        """id of a span -> how many of its guesses are worth their rows, all spans taken together."""
+        likely: list[tuple[float, int]] = []
+        for span, guesses in chains:
+            known = self._acceptance(span, regime.trials)
+            known.fade()
+            value = chance = known.chance
+            for _ in guesses:
+                likely.append((value, id(span)))
+                value *= chance
+        likely.sort(key=lambda one: -one[0])
+        return Counter(of for _, of in likely[: regime.choose([value for value, _ in likely])])
+
+    def _acceptance(self, span: Span, trial: int) -> Acceptance:
+        """Of a sequence, forgotten when guessing is tried again: its text may have begun to repeat."""
+        since, known = self._known[span.sequence.arrival]
+        if since < trial:
+            known = Acceptance()
+            self._known[span.sequence.arrival] = trial, known
+        return known
+
+    def observe(self, spans: Sequence[Span], took_s: float) -> None:
+        """The step of `spans`, decodes all of them, took `took_s` from before `lengthen` on."""
+        if self._proposer is not None:
+            rows = sum(s.num_rows for s in spans)
+            self.regimes[len(spans)].observe(rows, took_s - self._prompts_s, self._guessing_s, self._accepted)
 
     def follow(
         self, spans: Sequence[Span], first_row: dict[int, int], draw: Callable[[list[LiveSequence], list[int]], list[Delta]]
@@ -231,7 +172,7 @@ class Speculation:
         self.stats.num_drafts += 1
         self.stats.draft_tokens += len(span.draft)
         self.stats.accepted_tokens += accepted
-        known = self._known.get(span.sequence.arrival)
-        if known is not None:
-            known.learn(len(span.draft), accepted)
+        self._accepted += accepted
+        if span.sequence.arrival in self._known:  # its last token did not end it
+            self._known[span.sequence.arrival][1].learn(len(span.draft), accepted)
         self.scheduler.trim(span, accepted)

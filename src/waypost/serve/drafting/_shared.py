@@ -22,7 +22,8 @@ class Proposer(Protocol):
     """A drafter at work in one engine, which calls it from one thread.
 
     It owns what it remembers of each sequence, and remembers nothing of one for another: a guess must not show one user's
-    text in the timing of another's. `observe` comes before `propose` in every step, for a new sequence with its whole prompt.
+    text in the timing of another's. `observe` comes before `propose`, for a new sequence with its whole prompt. While guessing
+    does not pay neither is called; the next `observe` then brings all tokens since.
     """
 
     def observe(self, key: int, tokens: Sequence[int]) -> None:
