@@ -9,7 +9,7 @@ from merge_cases import same_bits, tiny_checkpoint, tiny_run, weights
 
 import waypost
 from waypost.core.config import build, parse_yaml, to_tree
-from waypost.core.errors import ConfigError
+from waypost.core.errors import CheckpointError, ConfigError
 from waypost.transform import mergekit
 from waypost.transform.recipe import TransformRecipe, resolve
 from waypost.transform.selecting import SELECTIONS
@@ -141,6 +141,10 @@ def test_last_k_of_a_run(tmp_path):
         LastK().select([run, run])
     with pytest.raises(ConfigError, match="k=0, every=1; both must be at least 1"):
         LastK(k=0)
+    with pytest.raises(CheckpointError, match="nowhere: no such folder; give a checkpoint"):
+        LastK().select([tmp_path / "nowhere"])
+    with pytest.raises(ConfigError, match=r"step-00000020 is one checkpoint; give the run folder that holds it"):
+        LastK(k=1).select([run / "step-00000020"])
 
 
 def test_every_file_of_selecting_has_a_row():

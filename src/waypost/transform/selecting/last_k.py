@@ -40,9 +40,12 @@ class LastK:
             raise ConfigError(f"LastK: k={self.k}, every={self.every}; both must be at least 1")
 
     def select(self, folders: Sequence[Path]) -> list[Path]:
+        from waypost.keep.reader import resolve
         from waypost.keep.store import Store
 
         if len(folders) != 1:
             raise ConfigError(f"last_k: takes one run folder as `sources`, given {len(folders)}")
-        store = Store(folders[0])
+        found, store = resolve(folders[0]), Store(folders[0])
+        if found == folders[0]:
+            raise ConfigError(f"last_k: {found} is one checkpoint; give the run folder that holds it, or leave `select` out")
         return [store.checkpoint(step).path for step in last_steps(store.steps(), self.k, self.every)]
