@@ -73,7 +73,8 @@ def test_a_plan_reads_well_and_scores_itself(tmp_path: Path, capsys: pytest.Capt
         main(["plan", str(path)])
     text = capsys.readouterr().out
     assert "1,280 tokens in 5 steps of 1 x 256" in text
-    assert "Step Law lr" in text
+    assert "step_law lr" in text
+    assert "the recipe's 256" in text
     assert "a guess: found with 60M parameters and more" in text
     run = tmp_path / "run"
     run.mkdir()
@@ -86,7 +87,9 @@ def test_a_plan_reads_well_and_scores_itself(tmp_path: Path, capsys: pytest.Capt
     found = facts["scores"]["step_seconds"]
     assert found["measured"] == 0.5  # the first step warms up
     assert found["error"] == pytest.approx(found["predicted"] / 0.5 - 1)
-    assert facts["scores"]["peak_rss_bytes"]["predicted"] == facts["memory"]["peak"] + facts["process_bytes"]
+    assert facts["scores"]["peak_rss_bytes"]["predicted"] == (
+        facts["memory"]["peak"] + facts["memory"]["holes"] + facts["process_bytes"]
+    )
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -16,10 +16,13 @@ def command(
     score: Annotated[
         Path | None, typer.Option("--score", metavar="RUN", help="Compare with what the run in this folder measured.")
     ] = None,
+    law: Annotated[
+        list[str] | None, typer.Option("--law", metavar="NAME", help="Ask this law alone; can be repeated. All by default.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a training recipe will take before it runs: time and memory on one process of this machine, and what the
-    Step Law would choose for the learning rate and the batch.
+    """Say what a training recipe will take before it runs: time and memory on one process of this machine, and what
+    laws of a run's size say of it, such as the learning rate and the batch.
 
     Time comes from trying one and two layers for a few seconds, memory from shapes alone. No data is read.
 
@@ -32,7 +35,7 @@ def command(
     from waypost.plan.planning import score as scored
     from waypost.train.recipe import resolve
 
-    planned = plan(resolve(recipe, settings or []))
+    planned = plan(resolve(recipe, settings or []), *([law] if law else []))
     scores = [] if score is None else scored(planned, score)
     facts = planned.facts()
     if score is not None:

@@ -17,6 +17,11 @@ def _malloc_trim() -> Callable[[int], int] | None:
         return None
 
 
+def trims() -> bool:
+    """Whether `trim` does anything: the heap is glibc's."""
+    return _malloc_trim() is not None
+
+
 def trim() -> None:
     """Gives the heap's free pages back to the system, holes between live blocks included; nothing where the C library
     cannot. About 10 microseconds a megabyte of heap."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from waypost.core.config import technique
+from waypost.model.kept import Kept
 from waypost.model.linear.dense import Linear
 from waypost.model.rows import Rows
 
@@ -29,6 +30,9 @@ class Dense:
 
     def build(self, config: ModelConfig, layer: int) -> DenseFfn:
         return DenseFfn(config.hidden_size, self.intermediate_size, self.bias)
+
+    def keeps(self, hidden_size: int) -> Kept:
+        return Kept(narrow=3 * self.intermediate_size, cheap=self.intermediate_size, passing=2 * self.intermediate_size)
 
 
 class DenseFfn(nn.Module):

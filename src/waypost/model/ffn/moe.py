@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from waypost.core.config import technique
 from waypost.core.errors import ConfigError
 from waypost.model.ffn.dense import DenseFfn
+from waypost.model.kept import Kept
 from waypost.model.linear.dense import Linear
 from waypost.model.rows import Rows
 
@@ -42,6 +43,13 @@ class Moe:
 
     def build(self, config: ModelConfig, layer: int) -> MoeFfn:
         return MoeFfn(self, config.hidden_size)
+
+    def keeps(self, hidden_size: int) -> Kept:
+        # an expert's rows are no multiple of the tile: what its linears keep are padded copies, which nothing makes again
+        k, shared = self.num_experts_per_tok, self.shared_intermediate_size or 0
+        inner = k * self.intermediate_size + shared
+        routing = self.num_experts + 8 * k  # probabilities; of the chosen their weights, which and where, in 64 bits
+        return Kept(3 * inner + (4 * k + (2 if shared else 0)) * hidden_size, wide=routing, passing=inner)
 
 
 class MoeFfn(nn.Module):

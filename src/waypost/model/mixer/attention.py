@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from waypost.core.config import technique
 from waypost.core.errors import ConfigError
+from waypost.model.kept import Kept
 from waypost.model.linear.dense import Linear
 from waypost.model.norm import build_norm
 from waypost.model.norm.rms import RmsNorm
@@ -51,6 +52,12 @@ class Attention:
 
     def build(self, config: ModelConfig, layer: int) -> AttentionMixer:
         return AttentionMixer(self, config, layer)
+
+    def keeps(self, hidden_size: int) -> Kept:
+        queries, pairs = self.num_attention_heads * self.head_dim, 2 * self.num_key_value_heads * self.head_dim
+        normed = {"none": 0, "head": self.num_attention_heads + self.num_key_value_heads, "full": 2}[self.qk_norm]
+        before_norms = queries + pairs // 2 if normed else 0
+        return Kept(narrow=2 * queries + pairs + before_norms, wide=self.num_attention_heads + normed, pairs=pairs)
 
 
 class AttentionMixer(nn.Module):

@@ -59,6 +59,9 @@ class StepLaw:
             "batch_tokens": self.batch_factor * scale.tokens**self.batch_tokens,
         }
 
+    def doubt(self, scale: Scale) -> str:
+        return "" if scale.parameters >= SMALLEST else f"a guess: found with {SMALLEST / 1e6:.0f}M parameters and more"
+
     def fit(self, runs: Sequence[Run]) -> Self:
         sizes = [(run.scale.parameters, run.scale.tokens) for run in runs]
         lr = power_fit(sizes, [run.measured["lr"] for run in runs], "step_law, lr")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from waypost.core.batch import Batch
 from waypost.kernels import select
+from waypost.measure.live import LiveBytes
 from waypost.model.ffn import FFNS
 from waypost.model.mixer import MIXERS
 from waypost.model.rows import Rows
@@ -37,6 +38,7 @@ class Mixers(Stateless):
     def check(self, technique: Any, inputs: Any, result: Any) -> None:
         h, batch = inputs["h"], inputs["batch"]
         check_rows(technique, h, batch, result["out"])
+        check_kept(technique)
         module = filled(technique.build(tiny_config(), 0))
         first = int(batch.starts[1])
         for length in (first, max(1, first // 2)):
@@ -58,6 +60,7 @@ class Ffns(Mixers):
     def check(self, technique: Any, inputs: Any, result: Any) -> None:
         h, batch = inputs["h"], inputs["batch"]
         check_rows(technique, h, batch, result["out"])
+        check_kept(technique)
         module = filled(technique.build(tiny_config(), 0))
         for row in range(0, len(h), 5):
             alone = forward(module, h[row : row + 1], Batch.of([batch.tokens[row : row + 1]]))
@@ -77,6 +80,22 @@ def forward_backward(module: nn.Module, h: Tensor, batch: Batch) -> dict[str, An
     out = module(leaf, Rows(batch, select(kernel="naive")))
     (out * noise(*out.shape, name="functional")).sum().backward()
     return {"out": out.detach(), "grad_h": leaf.grad, **gradients(module)}
+
+
+def check_kept(technique: Any) -> None:
+    """Asserts that the numbers that `keeps` tells are those that are counted behind a forward pass, its output left out."""
+    ops, batch, config = select(kernel="auto"), token_batch(256), tiny_config()
+    if ops.name != "cpu":  # the specification's operators keep more
+        return
+    module, h, rows = filled(technique.build(config, 0)), noise(256, config.hidden_size).requires_grad_(), Rows(batch, ops)
+    module(h, rows)  # what the rows remember of positions is the batch's, not the part's
+    with LiveBytes([h, *module.parameters()]) as live:
+        before = live.now
+        out = module(h, rows)
+        counted = live.now - before - out.nbytes
+    told = technique.keeps(config.hidden_size)
+    want = 4 * 256 * (told.narrow + told.wide)
+    assert abs(counted / want - 1) <= 0.1, f"keeps: {want:.0f} bytes of 256 tokens in float32, counted {counted}"
 
 
 def check_rows(technique: Any, h: Tensor, batch: Batch, out: Tensor) -> None:

@@ -29,6 +29,7 @@ class Laws(Stateless):
 
     def check(self, technique: Any, inputs: Any, result: Any) -> None:
         assert all(math.isfinite(value) and value > 0 for found in result for value in found.values()), result
+        assert all(isinstance(technique.doubt(scale), str) for scale in inputs["scales"]), "doubt is said in words, or is empty"
         made = [Run(scale, technique.predict(scale)) for scale in SCALES["some"]]
         again = technique.fit(made)
         for run in made:

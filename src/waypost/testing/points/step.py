@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from waypost.core.state import local_box
+from waypost.kernels import select
+from waypost.measure.live import LiveBytes
 from waypost.model import hf
 from waypost.model.decoder import Decoder
+from waypost.plan.memory import layer_sizes, memory_plan
 from waypost.testing.contracts import Size
 from waypost.testing.frozen import difference, frozen, same_bits
 from waypost.testing.points._shared import Stateless, assert_near, gradients, model, token_batch
@@ -21,6 +25,7 @@ from waypost.train.memory import MEMORIES, Plain
 from waypost.train.objectives import Causal
 from waypost.train.parallel import PARALLELS, Share, Single, World
 from waypost.train.precision import PRECISIONS
+from waypost.train.recipe import resolve
 from waypost.train.reweighting import REWEIGHTINGS
 
 BATCHES: dict[Size, tuple[int, ...]] = {"some": (7, 12, 3), "one": (1,)}
@@ -52,7 +57,8 @@ class Precisions(Stateless):
 
 
 class Memories(Stateless):
-    """The gradient of loss / divisor is added to what is there, and is that of plain autograd; nothing else stays."""
+    """The gradient of loss / divisor is added to what is there, and is that of plain autograd; nothing else stays. It holds
+    the bytes that it says."""
 
     table = MEMORIES
     sizes: tuple[Size, ...] = ("some", "one")
@@ -78,10 +84,36 @@ class Memories(Stateless):
         for name, gradient in gradients(fresh).items():
             assert gradient is not None
             assert_near(result[name], gradient, f"the gradient of {name}")
+        if inputs["batch"].num_tokens > 1 and select(kernel="auto").name == "cpu":  # the specification's operators keep more
+            check_counted(technique)
         again = self.run(technique, inputs)  # onto the gradients of the first run
         for name, gradient in result.items():
             if name != "sums":
                 assert_near(again[name], 2 * gradient, f"the gradient of {name} after two micro-batches")
+
+
+def check_counted(technique: Any) -> None:
+    """Asserts that the bytes that `holds` tells are those that are counted: what waits at the end of the layers' forward
+    pass, beside weights and at most two rows of hidden states, and the most there is at once."""
+    config, batch = tiny_config(**COUNTED), token_batch(128)
+    decoder, waiting = tiny_model(config, kernel="auto"), []
+    with LiveBytes(decoder.parameters()) as live:
+        before = live.now
+        handle = decoder.model.norm.register_forward_pre_hook(lambda *_: waiting.append(live.now - before))
+        technique.forward_backward(decoder, batch, Causal(), 4.0)
+        handle.remove()
+    tree = {"model": {}, "tokenizer": {"vocab_size": 300}, "data": {"sources": [{"path": "builtin:kjv"}]}, "steps": 1}
+    recipe = replace(resolve(tree), memory=technique)  # type: ignore[type-var]  # `recipe` makes it one
+    told = memory_plan(recipe, config, batch.num_tokens, 1)
+    kept = sum(technique.holds(of_layer, batch.num_tokens, i).kept for i, of_layer in enumerate(layer_sizes(config, 4)))
+    row = batch.num_tokens * config.hidden_size * 4
+    assert 0.9 * kept <= waiting[0] <= 1.1 * (kept + 2 * row), f"holds: kept {kept:.0f} bytes, counted {waiting[0]}"
+    peak = told.peak - told.optimizer
+    assert abs(peak / live.peak - 1) <= 0.1, f"holds: {peak} bytes at the most, counted {live.peak}"
+
+
+COUNTED = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "initializer_range": 0.02}
+"""Of the model whose bytes are counted: of a size at which what grows with the tokens is not lost beside the rest."""
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 from waypost.core.batch import Batch
 from waypost.core.config import technique
 from waypost.model.decoder import Decoder
+from waypost.train.memory._held import Held, Sizes
 from waypost.train.objectives import Objective
 
 
@@ -22,6 +23,10 @@ from waypost.train.objectives import Objective
 class Plain:
     def pieces(self, tokens: int) -> int:
         return 1
+
+    def holds(self, layer: Sizes, tokens: int, index: int) -> Held:
+        kept = tokens * layer.kept
+        return Held(kept, kept + tokens * layer.passing, tokens)
 
     def forward_backward(self, model: Decoder, batch: Batch, objective: Objective, divisor: float) -> dict[str, Tensor]:
         loss, sums = objective.loss(model, batch)

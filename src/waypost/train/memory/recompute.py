@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from waypost.core.batch import Batch
 from waypost.core.config import cost, technique
 from waypost.core.errors import ConfigError
 from waypost.model.decoder import Decoder
+from waypost.train.memory._held import Held, Sizes
 from waypost.train.memory.plain import Plain
 from waypost.train.objectives import Objective
 
@@ -48,6 +50,10 @@ class Recompute:
 
     def pieces(self, tokens: int) -> int:
         return 1
+
+    def holds(self, layer: Sizes, tokens: int, index: int) -> Held:
+        whole = Plain().holds(layer, tokens, index)
+        return replace(whole, kept=tokens * layer.hidden) if index % self.every == 0 else whole
 
     def forward_backward(self, model: Decoder, batch: Batch, objective: Objective, divisor: float) -> dict[str, Tensor]:
         with recomputed(list(model.model.layers)[:: self.every]):

@@ -31,6 +31,7 @@ from waypost.model.decoder import Decoder
 from waypost.model.head import logits_of_at_most
 from waypost.model.rows import Rows
 from waypost.train.memory._chunks import Chunk, PrefixKv, added, chunks_of, rounded, weights_of
+from waypost.train.memory._held import Held, Sizes
 from waypost.train.memory.plain import Plain
 from waypost.train.objectives import Objective
 
@@ -125,6 +126,12 @@ class Seco:
 
     def pieces(self, tokens: int) -> int:
         return -(-tokens // self.chunk_tokens)
+
+    def holds(self, layer: Sizes, tokens: int, index: int) -> Held:
+        chunk, keys = min(tokens, self.chunk_tokens), tokens * layer.pairs
+        # as a chunk reads them, with their sums; one layer's passing gradients are little beside what all have at work
+        prefix = keys + tokens * layer.wide_pairs if chunk < tokens else 0.0
+        return Held(keys, keys + prefix + chunk * layer.kept, chunk, summed=chunk < tokens, together=True)
 
     def forward_backward(self, model: Decoder, batch: Batch, objective: Objective, divisor: float) -> dict[str, Tensor]:
         with chunked(model, self.chunk_tokens), logits_of_at_most(self.chunk_tokens):

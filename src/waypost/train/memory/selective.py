@@ -20,6 +20,7 @@ from waypost.core.batch import Batch
 from waypost.core.config import technique
 from waypost.core.heap import trim
 from waypost.model.decoder import Decoder
+from waypost.train.memory._held import Held, Sizes
 from waypost.train.memory.plain import Plain
 from waypost.train.objectives import Objective
 
@@ -51,6 +52,9 @@ def unpack(kept: Any) -> Tensor:
 class Selective:
     def pieces(self, tokens: int) -> int:
         return 1
+
+    def holds(self, layer: Sizes, tokens: int, index: int) -> Held:
+        return Held(tokens * (layer.kept - layer.cheap), tokens * (layer.kept + layer.passing), tokens)
 
     def forward_backward(self, model: Decoder, batch: Batch, objective: Objective, divisor: float) -> dict[str, Tensor]:
         # Memory peaks in the loss, just behind the last norm. What the layers made and freed in turn has left holes in the

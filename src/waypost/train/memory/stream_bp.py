@@ -29,6 +29,7 @@ from waypost.model.decoder import Decoder
 from waypost.model.head import logits_of_at_most
 from waypost.model.rows import Rows
 from waypost.train.memory._chunks import Chunk, PrefixKv, added, chunks_of, rounded, weights_of
+from waypost.train.memory._held import Held, Sizes
 from waypost.train.memory.plain import Plain
 from waypost.train.objectives import Objective
 
@@ -108,6 +109,13 @@ class StreamBp:
 
     def pieces(self, tokens: int) -> int:
         return -(-tokens // self.chunk_tokens)
+
+    def holds(self, layer: Sizes, tokens: int, index: int) -> Held:
+        # input, output's and input's gradient; keys and values as they are stored and as a chunk reads them, with their sums
+        chunk = min(tokens, self.chunk_tokens)
+        prefix = tokens * (2 * layer.pairs + layer.wide_pairs) if chunk < tokens else 0.0
+        at_work = tokens * 3 * layer.hidden + prefix + Plain().holds(layer, chunk, index).at_work
+        return Held(tokens * layer.hidden, at_work, chunk, summed=chunk < tokens)
 
     def forward_backward(self, model: Decoder, batch: Batch, objective: Objective, divisor: float) -> dict[str, Tensor]:
         with streamed(list(model.model.layers), self.chunk_tokens), logits_of_at_most(self.chunk_tokens):
