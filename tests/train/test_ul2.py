@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,18 +11,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel_cases import ROWS, SEQ_LEN, Rows, named
+from train_cases import same_state
 
 from waypost.core.batch import Batch
 from waypost.core.errors import ConfigError
+from waypost.keep.reader import Checkpoint
 from waypost.testing.frozen import difference, frozen
 from waypost.testing.tiny import tiny_config, tiny_model
 from waypost.train.batch_sizes.fixed import Fixed
 from waypost.train.memory import Plain
+from waypost.train.metrics import read_lines
 from waypost.train.objectives import Causal, Ul2
 from waypost.train.objectives._spans import Draw, composition, random_spans, random_suffix
 from waypost.train.objectives.ul2 import Denoiser
 from waypost.train.optimizers import AdamW
 from waypost.train.parallel import Single, World
+from waypost.train.run import train
 from waypost.train.schedules import Wsd
 from waypost.train.trainer import Trainer
 
@@ -196,6 +202,38 @@ def test_another_cut_into_micro_batches_trains_the_same() -> None:
         gradients.append(seen)
     for name, gradient in gradients[0].items():
         assert float((gradient - gradients[1][name]).abs().max()) <= 2e-5 * max(1.0, float(gradient.abs().max())), name
+
+
+def test_killed_and_resumed_equals_never_stopped(
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its third step, behind the backward passes: what was corrupted before and after is the same, to the bit."""
+    special: dict[str, Any] = {
+        "tokenizer": {"vocab_size": 320, "reserved": 40},
+        "objective": {"name": "ul2", "first_special": 280},
+    }
+    tree = recipe(steps=4, save={"every_steps": 2}, micro_tokens=64, threads=1, **special)
+    whole = train(tree, tmp_path / "whole")
+    norm = Trainer._squared_norm
+
+    def killed(self: Trainer) -> float:
+        if self.position.step == 2:
+            raise Killed
+        return norm(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_squared_norm", killed)
+        with pytest.raises(Killed):
+            train(tree, tmp_path / "killed")
+    assert Checkpoint(tmp_path / "killed").step == 2
+    resumed = train(tree, tmp_path / "killed")
+    same_state(whole.checkpoint, resumed.checkpoint)
+    losses = [[line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")]
+    assert losses[0] == losses[1]
+
+
+class Killed(BaseException):
+    """Not an Exception, as a kill is none: nobody handles it on the way."""
 
 
 class Numbered(Rows):
