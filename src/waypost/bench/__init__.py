@@ -35,6 +35,7 @@ CLAIMS: Mapping[str, str] = {
     "exact.streams": "waypost.bench.exact_cost:ExactStreams",
     "exact.step": "waypost.bench.exact_cost:ExactStep",
     "plan.memory": "waypost.bench.plan_memory:PlanMemory",
+    "plan.time": "waypost.bench.plan_time:PlanTime",
     "metrics.capacity": "waypost.bench.metrics_capacity:MetricsCapacity",
     "memory.stream": "waypost.bench.memory_stream:MemoryStream",
     "memory.seco": "waypost.bench.memory_stream:MemorySeco",
