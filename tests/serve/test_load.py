@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -13,7 +14,7 @@ from waypost.bench.load.claim import ServeLoad
 from waypost.bench.load.client import Outcome
 from waypost.bench.load.drive import Report, Target, closed_loop, open_loop
 from waypost.bench.load.picture import percentiles, timeline
-from waypost.bench.load.simulated import ServeSimulator, error
+from waypost.bench.load.simulated import Seen, ServeSimulator, error, pieces
 from waypost.bench.load.traffic import Ask, Lognormal, drawn, read_trace
 from waypost.bench.receipt import Options
 from waypost.core.errors import ConfigError
@@ -128,9 +129,10 @@ def test_the_simulator_s_claim_on_a_tiny_server(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "tiny")
     with pytest.raises(ConfigError, match="--model"):
         ServeSimulator().measure(Options())
-    claim = ServeSimulator(requests=8, rate_per_s=40.0, num_pages=256, prompts=[16, 32], widths=[1, 3])
+    claim = ServeSimulator(requests=8, rate_per_s=40.0, num_pages=256, prompts=[16, 32], widths=[1, 3], parts=2)
     receipt = claim.measure(Options(model=str(checkpoint), repeats=1, threads=1))
     assert receipt.ours.values[0] >= 0
+    assert receipt.extra["slowest_over_fastest"] >= 1
     assert receipt.figure is not None
     assert [panel.title for panel in receipt.figure.panels] == ["first token", "between tokens", "request"]
     for panel in receipt.figure.panels:
@@ -139,7 +141,24 @@ def test_the_simulator_s_claim_on_a_tiny_server(tmp_path: Path) -> None:
             assert dict(points)[50] == pytest.approx(1e3 * receipt.extra[side], rel=1e-3)
 
 
+def test_a_trace_in_pieces_is_the_trace() -> None:
+    asks = drawn(11, 4.0, Lognormal(median=20), Lognormal(median=8), seed=1)
+    for parts in (1, 3, 11):
+        cut = pieces(asks, parts)
+        assert [len(part) for part in cut] == [11 * (i + 1) // parts - 11 * i // parts for i in range(parts)]
+        assert [(a.prompt_tokens, a.new_tokens) for part in cut for a in part] == [
+            (a.prompt_tokens, a.new_tokens) for a in asks
+        ]
+        assert all(part[0].at_s == 0.0 for part in cut)
+        gaps = [b.at_s - a.at_s for part in cut for a, b in itertools.pairwise(part)]
+        assert len(gaps) == 11 - parts
+        want = [b.at_s - a.at_s for a, b in itertools.pairwise(asks)]
+        assert all(any(abs(gap - other) < 1e-9 for other in want) for gap in gaps)
+    with pytest.raises(ConfigError, match=r"parts=9: must be in 1\.\.requests=8"):
+        ServeSimulator(requests=8, parts=9)
+
+
 def test_an_error_is_the_median_over_percentiles() -> None:
-    seen = {"first token": [1.0] * 5, "request": [2.0] * 5}
+    seen: Seen = {"first token": [1.0] * 5, "request": [2.0] * 5}
     assert error(seen, seen) == 0
     assert error({"first token": [1.1] * 5, "request": [1.0] * 5}, seen) == pytest.approx((0.1 + 0.5) / 2)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
 
 import numpy as np
 
@@ -23,8 +24,10 @@ from waypost.serve.simulator import PERCENTILES, Arrival, Simulation, simulate
 
 Seen = dict[str, Sequence[float]]
 """What -> seconds, one for each request or gap."""
-PROBES = 5
-"""Prompts of each length, and eights of tokens of each stream, from which the costs of steps are measured."""
+PROBES = 2
+"""Prompts of each length, and eights of tokens of each stream, from which the costs of steps are measured before a part."""
+REFERENCE = (8, 8 * 64.0)
+"""(tokens, keys) of the step by which the machine's speed at different times is compared: eight streams."""
 INSTANT_S = 1e-4
 """What tokens that came in one piece are taken to be apart."""
 
@@ -39,18 +42,26 @@ class ServeSimulator:
     """Tokens of the prompts from which costs are measured; at most what one step holds."""
     widths: list[int] = field(default_factory=lambda: [1, 4, 8, 16])
     """Numbers of streams from which costs are measured."""
+    parts: int = 8
+    """Pieces of the trace, each served alone with the costs of steps measured just before it: a machine whose speed changes
+    within a round is met as it is, and the prediction still comes first."""
     worst: float = 0.25
     """What the claim promises: the median error of a predicted percentile, as a share of the served one."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.parts <= self.requests:
+            raise ConfigError(f"ServeSimulator.parts={self.parts}: must be in 1..requests={self.requests}")
+
     def measure(self, options: Options) -> Receipt:
-        """Each round measures the costs of steps on the server, simulates the trace with them, and then sends it there."""
+        """Each round takes the trace part by part: measures the costs of steps on the server, simulates the part with them,
+        and then sends it there. Its percentiles are over all parts."""
         if options.model is None:
             raise ConfigError("serve.simulator needs --model CHECKPOINT")
         asks = drawn(
             self.requests, self.rate_per_s, Lognormal(median=64, most=512), Lognormal(median=48, sigma=0.4, most=96), seed=1
         )
-        trace = [Arrival(a.at_s, a.prompt_tokens, a.new_tokens) for a in asks]
-        costs, simulated, served = StepCosts(), Seen(), Seen()
+        costs: list[StepCosts] = []
+        simulated, served = Seen(), Seen()
         ours, defaults = [], []
         flags = ["--num-pages", str(self.num_pages), "--no-prefix-cache"]
         with (
@@ -59,21 +70,28 @@ class ServeSimulator:
         ):
             asyncio.run(open_loop(target, asks[: self.requests // 4], seed=99))
             for turn in range(options.repeats):
-                costs = fit(asyncio.run(observed(target, self.prompts, self.widths, seed=100 + turn)))
-                simulated = of_simulation(self._simulate(trace, costs))
-                report = asyncio.run(open_loop(target, asks, seed=turn))
-                if any(o.finish_reason != "length" for o in report.outcomes):
-                    raise NumericsError(
-                        f"serve.simulator: not all was answered: {[o.error for o in report.outcomes if o.error]}"
-                    )
-                served = of_report(report)
+                simulated, guessed, served = Seen(), Seen(), Seen()
+                for index, part in enumerate(pieces(asks, self.parts)):
+                    seed = turn * self.parts + index
+                    costs.append(fit(asyncio.run(observed(target, self.prompts, self.widths, seed=100 + seed))))
+                    simulated = joined(simulated, of_simulation(self._simulate(part, costs[-1])))
+                    guessed = joined(guessed, of_simulation(self._simulate(part, StepCosts())))
+                    served = joined(served, of_report(answered(asyncio.run(open_loop(target, part, seed=seed)))))
                 ours.append(error(simulated, served))
-                defaults.append(error(of_simulation(self._simulate(trace, StepCosts())), served))
+                defaults.append(error(guessed, served))
                 bar.advance(note=f"error {ours[-1]:.0%}, with default costs {defaults[-1]:.0%}")
+        return self._receipt(costs, simulated, served, ours, defaults)
+
+    def _receipt(
+        self, costs: Sequence[StepCosts], simulated: Seen, served: Seen, ours: list[float], defaults: list[float]
+    ) -> Receipt:
+        """`costs` of every part of every round; `simulated` and `served` in the last round; the errors of each."""
+        speeds = [c.base_s + c.token_s * REFERENCE[0] + c.key_s * REFERENCE[1] for c in costs]
         return Receipt(
             claim="serve.simulator",
             statement="median error of the simulator's percentiles (50, 90, 99; time to the first token, between tokens, whole "
-            f"requests) at {self.rate_per_s:g} requests a second, with step costs measured just before, against default ones",
+            f"requests) at {self.rate_per_s:g} requests a second, in {self.parts} parts with step costs measured just before "
+            "each, against default ones",
             numerics="exact",
             ours=series("measured costs", "relative error", ours),
             baseline=series("default costs", "relative error", defaults),
@@ -83,9 +101,10 @@ class ServeSimulator:
             agreement="every request of the trace was answered with as many tokens as were simulated",
             command="waypost bench serve.simulator --model CHECKPOINT",
             extra={
-                "base_s": costs.base_s,
-                "token_s": costs.token_s,
-                "key_s": costs.key_s,
+                "base_s": costs[-1].base_s,
+                "token_s": costs[-1].token_s,
+                "key_s": costs[-1].key_s,
+                "slowest_over_fastest": max(speeds) / min(speeds),  # of a step of eight streams, over all parts
                 **{
                     f"{what.replace(' ', '_')}_p{p}_{side}_s": float(np.percentile(seen[what], p))
                     for what in served
@@ -99,8 +118,28 @@ class ServeSimulator:
             ),
         )
 
-    def _simulate(self, trace: Sequence[Arrival], costs: StepCosts) -> Simulation:
+    def _simulate(self, asks: Sequence[Ask], costs: StepCosts) -> Simulation:
+        trace = [Arrival(a.at_s, a.prompt_tokens, a.new_tokens) for a in asks]
         return simulate(trace, policy=Chunked(), costs=costs, num_pages=self.num_pages)
+
+
+def pieces(asks: Sequence[Ask], parts: int) -> list[list[Ask]]:
+    """`asks` in `parts` pieces of about equal number, each beginning at 0 s with its first request."""
+    bounds = [len(asks) * i // parts for i in range(parts + 1)]
+    cut = [asks[begin:end] for begin, end in itertools.pairwise(bounds)]
+    return [[replace(ask, at_s=ask.at_s - part[0].at_s) for ask in part] for part in cut]
+
+
+def joined(one: Seen, other: Seen) -> Seen:
+    """What was seen in both."""
+    return {what: [*one.get(what, ()), *seconds] for what, seconds in other.items()}
+
+
+def answered(report: Report) -> Report:
+    """`report`; NumericsError unless every request got as many tokens as it asked for."""
+    if any(o.finish_reason != "length" for o in report.outcomes):
+        raise NumericsError(f"serve.simulator: not all was answered: {[o.error for o in report.outcomes if o.error]}")
+    return report
 
 
 async def observed(target: Target, prompts: Sequence[int], widths: Sequence[int], seed: int) -> list[Sample]:
