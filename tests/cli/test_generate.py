@@ -193,3 +193,7 @@ def test_an_adapter_answers_as_it_does_in_a_server(
     assert "a server names its adapters itself" in capsys.readouterr().err
     assert waypost("generate", checkpoint, "Hello", "--lora", checkpoint) == 1
     assert "holds no adapter" in capsys.readouterr().err
+    assert waypost("generate", checkpoint, "Hello", "--lora", tmp_path / "nowhere") == 1
+    assert "nowhere: holds no adapter as there is no such folder; give" in capsys.readouterr().err
+    assert waypost(*args, "--batch", tmp_path / "asked.jsonl", "--out", tmp_path / "nowhere" / "answers.jsonl") == 1
+    assert "there is no folder" in capsys.readouterr().err

@@ -100,10 +100,20 @@ def test_a_waypost_error_is_one_line_and_exit_1(monkeypatch: pytest.MonkeyPatch,
     assert (captured.out, captured.err) == ("", "CheckpointError: it is torn\n")
 
 
-def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "waypost.cli.doctor", verb_that_raises(ZeroDivisionError("ours")))
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("mistake", [ZeroDivisionError("ours"), OSError("of no file")])
+def test_our_own_mistakes_keep_their_traceback(mistake: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "waypost.cli.doctor", verb_that_raises(mistake))
+    with pytest.raises(type(mistake)):
         cli.main(["doctor"])
+
+
+def test_a_file_that_cannot_be_opened_is_one_line_and_exit_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "waypost.cli.doctor", verb_that_raises(PermissionError(13, "Permission denied", "/x.svg")))
+    assert code_of("doctor") == 1
+    said = "CheckpointError: /x.svg: Permission denied; check the path, its permissions and the disk\n"
+    assert capsys.readouterr().err == said
 
 
 def test_results_are_text_or_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:

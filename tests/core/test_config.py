@@ -109,9 +109,9 @@ def test_what_cannot_be_is_named_with_its_path(tree: dict[str, Any], says: str) 
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"^title: field required$"):
+    with pytest.raises(ConfigError, match=r"^title: field required; it has no default$"):
         build(Drawing, {})
-    with pytest.raises(ConfigError, match=r"^recipe\.scale: .*given 'x'; recipe\.title: field required$"):
+    with pytest.raises(ConfigError, match=r"^recipe\.scale: .*given 'x'; recipe\.title: field required; it has no default$"):
         build(Drawing, {"scale": "x"}, "recipe")
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from waypost.core.errors import ConfigError
+from waypost.core.errors import ConfigError, ShapeError
 from waypost.keep.reader import Checkpoint
 from waypost.model.adapter_sites import sites
 from waypost.model.adapters import Lora
@@ -18,7 +18,7 @@ from waypost.serve.engine import Engine
 from waypost.serve.request import Request
 from waypost.serve.sampling import Sampling
 from waypost.testing.points._shared import noise
-from waypost.testing.tiny import tiny_checkpoint, tiny_model
+from waypost.testing.tiny import tiny_checkpoint, tiny_config, tiny_model
 from waypost.train.run import train
 from waypost.transform.quantize import quantize
 from waypost.transform.run import transform
@@ -83,6 +83,9 @@ def test_an_adapter_that_does_nothing_gives_the_bytes_back(
 
 def test_one_model_that_fits_is_asked_for(tmp_path: Path) -> None:
     base, added = str(tiny_checkpoint(tmp_path / "base")), str(adapter(tmp_path / "lora"))
+    wide = str(tiny_checkpoint(tmp_path / "wide", tiny_config(hidden_size=64)))
+    with pytest.raises(ShapeError, match=r"lora changes \(32, 64\) of floats; give the model that it was trained with"):
+        transform({"sources": [wide], "method": {"name": "lora", "adapter": added}}, tmp_path / "out")
     with pytest.raises(ConfigError, match="name one"):
         transform({"sources": [base, base], "method": {"name": "lora", "adapter": added}}, tmp_path / "out")
 

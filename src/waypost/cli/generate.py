@@ -104,6 +104,8 @@ def command(
     """
     if (batch is None) != (out is None) or (batch is not None and (prompt is not None or system is not None)):
         raise typer.BadParameter("a batch needs --batch FILE and --out FILE, and takes neither a prompt nor --system")
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it, or name a file in another one")
     if prompt == "-":
         prompt = sys.stdin.read()
     if prompt is None and batch is None and (as_json or not sys.stdin.isatty()):

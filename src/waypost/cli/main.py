@@ -126,6 +126,14 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of stdout went away: `waypost inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # of a file that cannot be opened; without a name it is a mistake of ours
+        if error.filename is None:
+            raise
+        from waypost.keep.disk import explain
+
+        said = explain(error, Path(os.fsdecode(error.filename)))
+        sys.stderr.write(f"{type(said).__name__}: {said}\n")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

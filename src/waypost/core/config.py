@@ -154,13 +154,13 @@ def _choose(table: Table, value: Any, where: str) -> Any:
 
 def _explain(error: pydantic.ValidationError, where: str) -> str:
     lines = []
+    do = {"missing": "; it has no default", "finite_number": "; write one, or leave the field out for its default"}
     for item in error.errors():
         path = where
         for part in item["loc"]:
             path = f"{path}[{part}]" if isinstance(part, int) else _join(path, str(part))
         given = "" if item["type"] in ("missing", "empty_path") else f", given {item['input']!r}"
-        do = "; write one, or leave the field out for its default" if item["type"] == "finite_number" else ""
-        lines.append(f"{path}: {item['msg'][:1].lower()}{item['msg'][1:]}{given}{do}")
+        lines.append(f"{path}: {item['msg'][:1].lower()}{item['msg'][1:]}{given}{do.get(item['type'], '')}")
     return "; ".join(lines)
 
 

@@ -53,7 +53,8 @@ def folder_of(path: str | Path) -> Path:
         inner = Path(Checkpoint(path).path) / FOLDER
         if (inner / CONFIG).is_file():
             return inner
-    raise CheckpointError(f"{path}: holds no adapter ({CONFIG} and {WEIGHTS}), nor does a folder '{FOLDER}' in it")
+    why = f"({CONFIG} and {WEIGHTS}), nor does a folder '{FOLDER}' in it" if path.exists() else "as there is no such folder"
+    raise CheckpointError(f"{path}: holds no adapter {why}; give a folder that PEFT wrote, or a checkpoint or run of one")
 
 
 def read(path: str | Path) -> LoraFile:

@@ -52,7 +52,11 @@ class LowRankSum:
         base = self.base.spec(reader)
         a, b = adapter_of(self.adapter).pairs[self.projection]
         if base.dtype not in FLOATS or base.shape != (b.shape[0], a.shape[1]):
-            raise ShapeError(f"{base.name}: {base.dtype} {base.shape}, and the adapter changes {(b.shape[0], a.shape[1])}")
+            changed = (b.shape[0], a.shape[1])
+            raise ShapeError(
+                f"{base.name}: {base.dtype} {base.shape}, and the adapter {self.adapter} changes {changed} of floats; give the "
+                "model that it was trained with"
+            )
         return TensorSpec(base.name, "F64", base.shape, base.role)
 
     def reads(self) -> Iterator[Read]:
