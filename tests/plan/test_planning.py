@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import pytest
 import torch
 
 from waypost.cli.main import main
+from waypost.core.config import technique
 from waypost.core.errors import ConfigError
 from waypost.measure.live import LiveBytes
-from waypost.plan.memory import memory_plan
-from waypost.plan.planning import Score, plan, score
+from waypost.plan import process
+from waypost.plan.laws import Scale
+from waypost.plan.memory import layer_sizes, memory_plan
+from waypost.plan.planning import Score, plan, score, scores_text
 from waypost.testing.points._shared import token_batch
 from waypost.testing.tiny import tiny_config, tiny_model
+from waypost.train.memory import Held, Plain, Sizes
 from waypost.train.objectives import Causal
 from waypost.train.parallel import Single
 from waypost.train.recipe import TrainRecipe, resolve
@@ -92,7 +97,68 @@ def test_a_plan_reads_well_and_scores_itself(tmp_path: Path, capsys: pytest.Capt
     )
 
 
+class HalfKept(Plain):
+    """A technique from outside, which says that it holds half of what plain holds."""
+
+    def holds(self, layer: Sizes, tokens: int, index: int) -> Held:
+        held = super().holds(layer, tokens, index)
+        return replace(held, kept=held.kept / 2)
+
+
+@technique
+class Flat:
+    """A law from outside, with a loss for any size."""
+
+    def predict(self, scale: Scale) -> dict[str, float]:
+        return {"loss": 2.5}
+
+    def doubt(self, scale: Scale) -> str:
+        return "made up"
+
+
+def test_a_memory_technique_from_outside_is_planned() -> None:
+    recipe, config = resolve(TREE), tiny_config(**SIZES)
+    plain = memory_plan(recipe, config, 256, 1)
+    half = memory_plan(replace(recipe, memory=HalfKept()), config, 256, 1)  # type: ignore[type-var]
+    kept = sum(recipe.memory.holds(layer, 256, 0).kept for layer in layer_sizes(config, 4))
+    assert 0 < plain.peak - half.peak <= kept / 2
+    silent = replace(config, layers=[replace(config.layers[0], ffn=object())])
+    with pytest.raises(ConfigError, match=r"object has no `keeps\(hidden_size\)`"):
+        layer_sizes(silent, 4)
+
+
+def test_a_law_from_outside_is_asked_and_scored(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"step_seconds": 1.0, "peak_rss_bytes": 10**9, "tokens": 1280, "loss": 2.0})
+    )
+    planned = plan(resolve(TREE), [f"{__name__}:Flat"])
+    assert planned.laws == {f"{__name__}:Flat": {"loss": 2.5}}
+    assert "loss 2.5; made up" in planned.text()
+    assert "loss     2.500 nats a token" in planned.text()
+    scores = {s.what: s for s in score(planned, tmp_path)}
+    assert scores["loss"].error == 0.25
+    assert "loss             predicted      2.500  measured      2.000  +25%" in scores_text(list(scores.values()))
+    with pytest.raises(ConfigError, match="Did you mean 'step_law'"):
+        plan(resolve(TREE), ["step_lav"])
+
+
+def test_a_second_plan_says_what_the_first_did() -> None:
+    """Memory that the first one's trial took is no part of the second one's process."""
+    large = resolve({**TREE, "batch": {"name": "fixed", "tokens": 2048}, "memory": "recompute"})
+    first, second = plan(large), plan(large)
+    assert second.memory == first.memory
+    assert second.process_bytes == pytest.approx(first.process_bytes, rel=0.03)
+
+
+def test_holes_are_glibc_s_and_of_blocks_in_its_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "trims", lambda: True)
+    assert process.hole_bytes(1000.0, 1 << 20) == 500
+    assert process.hole_bytes(1000.0, 1 << 25) == 0
+    monkeypatch.setattr(process, "trims", lambda: False)
+    assert process.hole_bytes(1000.0, 1 << 20) == 0
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no metrics\.jsonl"):
-        score(plan(resolve(TREE)), tmp_path)
+        score(None, tmp_path)  # type: ignore[arg-type]  # it looks for the run first
     assert Score("x", 3.0, 2.0).error == 0.5
