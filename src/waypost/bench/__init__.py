@@ -103,6 +103,9 @@ CAVEATS: Mapping[str, str] = {
     "serve.prefill.llama": _Q4_1_ALONE,
     "serve.streams16.llama": _Q4_1_ALONE,
     "serve.streams32.llama": _Q4_1_ALONE,
+    "upcycle.sparse": "at equal time, which stands beside it, the dense model is better",
+    "memory.seco": "with 2 of 4 heads for keys and values it holds more than StreamBP",
+    "keep.stall": "it is paid for in memory: the trainer held 6.82 GB at most, against 4.49 GB",
     "keep.scatter": "dcp.load ran as two ranks of two threads each on two cores",
 }
 """Claim -> what a reader must know beside its ratio, for receipts that do not say it themselves."""
