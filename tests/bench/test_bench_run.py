@@ -101,6 +101,10 @@ def test_a_promise_may_be_a_ratio_or_a_bound_or_both() -> None:
     fast = replace(RECEIPT, floor=None, limit=21.0, higher_is_better=False)
     assert (fast.kept, fast.promised) == (True, "at most 21 tokens/s")
     assert not replace(fast, limit=20.0).kept
+    worst = replace(RECEIPT, extra={"lowest": 0.98}, least={"lowest": 0.97})
+    assert (worst.kept, worst.promised) == (True, "2 and lowest at least 0.97")
+    assert not replace(worst, extra={"lowest": 0.96}).kept
+    assert not replace(worst, floor=None, least={"lowest": 0.99}).kept
 
 
 def test_a_reader_sees_ceiling_versions_and_misses(tmp_path: Path) -> None:

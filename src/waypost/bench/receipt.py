@@ -70,6 +70,8 @@ class Receipt:
     """What the claim needs of `waypost bench`; `stamped` adds how it was asked."""
     limit: float | None = None
     """The worst that the median of `ours` may be by the claim's promise, in its unit, if it promises that."""
+    least: Mapping[str, float] = field(default_factory=dict)
+    """Name of an `extra` -> the least that it may be by the claim's promise, for settings that the ratio does not show."""
     over: str = "rounds"
     """What the values of both sides are one each of: rounds, seeds, lengths, texts, settings."""
     caveat: str = ""
@@ -94,9 +96,10 @@ class Receipt:
     @property
     def kept(self) -> bool | None:
         """Whether what was promised was reached; None where nothing was promised."""
-        if self.floor is None and self.limit is None:
+        if self.floor is None and self.limit is None and not self.least:
             return None
         reached = self.floor is None or self.ratio >= self.floor
+        reached = reached and all(self.extra[name] >= bound for name, bound in self.least.items())
         if self.limit is None:
             return reached
         return reached and (self.ours.median >= self.limit if self.higher_is_better else self.ours.median <= self.limit)
@@ -106,7 +109,8 @@ class Receipt:
         """What the claim promises, as text; "" for nothing."""
         bound = "at least" if self.higher_is_better else "at most"
         limit = [] if self.limit is None else [f"{bound} {self.limit:g} {self.ours.unit}"]
-        return " and ".join([*([] if self.floor is None else [f"{self.floor:g}"]), *limit])
+        least = [f"{name} at least {bound:g}" for name, bound in self.least.items()]
+        return " and ".join([*([] if self.floor is None else [f"{self.floor:g}"]), *limit, *least])
 
     def stamped(self, options: Options) -> Receipt:
         """The receipt with the machine, the date, the commit and the options filled in."""
