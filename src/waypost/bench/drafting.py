@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 STREAMS = (1, 8)
 LOWEST = 0.97
-"""What is promised of the setting where drafts help least: tries may cost 1%, and a text that ceases to repeat a few steps more."""
+"""What is promised of the setting where drafts help least: trying may cost 1%, a text that ceases to repeat some steps more."""
 
 
 @technique
