@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from waypost.cli._shared import AsJson, Settings, print_result, technique_of
+from waypost.core.errors import ConfigError
 
 
 def command(
@@ -44,6 +45,10 @@ def command(
     from waypost.train.recipe import resolve
     from waypost.train.selection import select
 
+    if recipe is None and not (run / "recipe.yaml").is_file():
+        raise ConfigError(
+            f"{run}: holds no recipe.yaml, so it is no run's folder; give the --out of a training run, or --recipe"
+        )
     chosen = resolve(recipe if recipe is not None else run / "recipe.yaml", settings or [])
     found = select(chosen, run, out, technique_of(by, "by", SELECTORS), keep, None if reference is None else str(reference))
     print_result({"out": out, **vars(found)}, as_json, f"{out}: {found.summary()}")
