@@ -3,7 +3,7 @@
 Holes. PyTorch asks the C library for blocks at multiples of 64 bytes. glibc cuts such a block out of a larger one and keeps
 the scraps, at most 96 bytes, apart, for small objects. So a freed block is a few bytes too short for an equal one, and while
 it is not joined with a free neighbour it serves smaller ones alone. Of what passes through the heap in a step, about half is
-left behind in this way: 0.36 to 0.9 over eight settings of 3 and 29 million parameters. With the scraps joined at once
+left behind in this way: 0.3 to 0.9 over nine settings of 3 and 29 million parameters. With the scraps joined at once
 (GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0) 29 million parameters under recomputation took 1,016 MB
 instead of 1,323. Blocks above 32 MB are mapped by themselves and leave nothing.
 """
