@@ -15,7 +15,7 @@ class StreamLlama:
     def measure(self, options: Options) -> Receipt:
         """Linears of 4 bits on both sides (llama.cpp's bf16 is tried too); the roundings differ, so the texts do."""
         work = Work(self.prompt_tokens, 1, self.steps)
-        statement = f"{_what(work)}, linears in int4, against llama.cpp in the quicker of bf16 and Q4_1 (llama-batched-bench)"
+        statement = f"{_what(work)}, linears in int4, against llama.cpp in Q4_1 (llama-batched-bench)"
         return Duel("serve.stream.llama", statement, "llama.cpp", work, 1.1, 0.25, int4=True).measure(options)
 
 

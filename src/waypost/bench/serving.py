@@ -3,7 +3,7 @@
 Every side gets the same number of threads and of tokens. Ours, transformers and vLLM are asked inside a process of their own,
 without HTTP, for the same prompts, greedily. llama.cpp is timed by its own benchmarks, which neither sample nor serve HTTP
 and take random tokens (the time of a dense model does not depend on them); what it answers is asked of its server. It runs
-in bf16 and in Q4_1, and the baseline is the quicker of the two.
+in Q4_1, which is what is promised against, and in bf16, which stands beside it.
 """
 
 from __future__ import annotations
@@ -145,20 +145,25 @@ class Duel:
                         rates[name].append(rate)
                 bar.advance(note=", ".join(f"{name} {rate:.0f}" for name, rate in found.items()) + f" {work.unit}")
             ceiling = work.ceiling(mine, options.threads)
-        best = max(theirs, key=lambda name: median(rates[name]))
-        others = {name: median(rates[name]) for name in theirs if name != best}
+        against, *others = theirs
+        beside = {
+            name: (median(rates[name]), median(a / b for a, b in zip(rates["waypost"], rates[name], strict=True)))
+            for name in others
+        }
         return Receipt(
             claim=self.claim,
             statement=self.statement,
             numerics="exact",
             ours=series("waypost", work.unit, rates["waypost"]),
-            baseline=series(best, work.unit, rates[best]),
+            baseline=series(against, work.unit, rates[against]),
             higher_is_better=True,
             floor=self.floor,
             agreement=f"{same} of {ASKED_PROMPTS} greedy first tokens are the same; equal numbers of tokens",
             command=f"waypost bench {self.claim} --model CHECKPOINT"
             + ("" if self.rival == "transformers" else f" --rival {self.rival}=ENV"),
-            caveat=", ".join(f"{name} gave {rate:,.4g} {work.unit}" for name, rate in others.items()),
+            caveat=", ".join(
+                f"{name} gave {rate:,.4g} {work.unit}: ratio {ratio:.2f}" for name, (rate, ratio) in beside.items()
+            ),
             extra=extra,
             roofline=ceiling,
             versions={self.rival: where.version},
@@ -177,7 +182,7 @@ class Duel:
 
 @contextmanager
 def rival_sides(where: rivals.Environment, model: str, scratch: Path, threads: int) -> Iterator[Mapping[str, Side]]:
-    """The rival, ready to answer; in every format that may be its quickest."""
+    """The rival, ready to answer, first in the format that is promised against."""
     if where.name == "llama.cpp":
         files = gguf_files(where, model, scratch)
         yield {f"{where.name} {name}": LlamaCpp(where, path, threads) for name, path in files.items()}
