@@ -228,7 +228,7 @@ def test_who_loses_is_switched_off_and_tried_again_when_texts_repeat() -> None:
     assert [answers_of(done) for done in engine.generate(prompts, sampling)] == want
     lost, steps = engine.stats().num_drafts / 8, engine.stats().num_steps
     assert 0 < lost <= (OPENING + SHARE * steps) / 0.5 + 1
-    assert drafter.followed <= 8 * 0.2 * steps, "the texts were followed although nothing was guessed"
+    assert drafter.followed <= 8 * 0.35 * steps, "the texts were followed although nothing was guessed"
     for turn in range(3):  # the last trial knows
         drafter.lie, before = 1000, engine.stats()
         assert [answers_of(done) for done in engine.generate(prompts, sampling)] == want
@@ -260,7 +260,7 @@ def test_guesses_that_do_not_pay_for_the_larger_step_are_left_out() -> None:
         done = engine.generate(prompts, sampling)
         assert [answers_of(answer)[0][0] for answer in done] == [drafter.said[p[0]][10:] for p in prompts]
         drafted.append(engine.stats().num_drafts / 8)
-    assert drafted[0] > 8.0
+    assert drafted[0] > 6.0
     assert 0 < drafted[1] < 4.0, "tries, and steps of fewer sequences when others have ended"
 
 

@@ -1,8 +1,9 @@
 """Whether guesses are worth their rows: decided by what steps took with guesses and without.
 
 A step of n sequences draws n tokens, and one more for every guess that comes true. Where a step with guesses takes r times as
-long as one without, guesses gain (n + accepted) / n - r such steps, less what guessing itself took. All is counted in steps
-without guesses of as many sequences, which are measured again and again, so that a machine that slows down slows both.
+long as one without, guesses gain (n + accepted) / n - r such steps, less what guessing itself took; of `accepted`, VALUE is
+booked. All is counted in steps without guesses of as many sequences, which are measured again and again, so that a machine that
+slows down slows both.
 
 `Regime` keeps an account: credit is what guesses have gained, up to MOST, and SHARE of every step. Guessing goes on while there
 is credit; without any it is given up, and tried anew when SHARE has earned a trial.
@@ -23,9 +24,12 @@ HOPE, HOPED = 2.0, 0.7
 """What a guess is worth before any was tried: as if of two, 1.4 had come true."""
 LEAST = 0.1
 """A guess that is less likely to come true is not tried, even where its row seems to be free."""
+VALUE = 0.75
+"""Of a token that all streams wait for together, what an accepted guess is worth: it brings one stream ahead of the others, and
+those that end early leave smaller steps. A gain that it hides is small."""
 TILE_ROWS = 8
 """Rows that the products take together: the ninth costs more than the eighth."""
-TILES_BEFORE_ROWS = 2.0
+TILES_BEFORE_ROWS = 1.5
 """Before it was measured, a step is taken to cost as much as so many tiles, and its own. Hopeful: a try will tell."""
 PAUSE = 3.0
 """Of what is hoped, the most that a step is taken to have cost: beyond, the machine stood still."""
@@ -104,7 +108,7 @@ class Regime:
             self._since_plain += 1
             ratios = self._ratios.setdefault(tiles(rows), deque(maxlen=RECENT))
             ratios.append(step_s / plain_s)
-            gain = 1.0 + accepted / self.sequences - min(median(ratios), PAUSE * self._hoped(tiles(rows)))
+            gain = 1.0 + VALUE * accepted / self.sequences - min(median(ratios), PAUSE * self._hoped(tiles(rows)))
         self._book(gain - guessing_s / plain_s)
 
     def ratio(self, rows: int) -> float:
@@ -114,7 +118,7 @@ class Regime:
         below = max((known for known in self._ratios if known <= size), default=0)
         if below == 0:
             return self._hoped(size)
-        return median_low([*self._ratios[below], self._hoped(below)]) * self._hoped(size) / self._hoped(below)
+        return median_low([*self._ratios[below], self._hoped(below)]) * (self._hoped(size) / self._hoped(below))
 
     def _hoped(self, size: int) -> float:
         return (TILES_BEFORE_ROWS + size) / (TILES_BEFORE_ROWS + tiles(self.sequences))
@@ -141,7 +145,7 @@ def worthwhile(chances: Sequence[float], sequences: int, ratio: Callable[[int], 
     """
     best, best_rate, expected = 0, float(sequences), float(sequences)
     for count, chance in enumerate(chances, 1):
-        expected += chance
+        expected += VALUE * chance
         if (sequences + count) % TILE_ROWS == 0 or count == len(chances):
             rate = expected / ratio(sequences + count)
             if rate > best_rate:
