@@ -104,7 +104,7 @@ class LogSumExpOp(Protocol):
 
 
 class LargestOp(Protocol):
-    """logits (n, V) -> the largest of each row, NaN where there is one, in float32; and the first place that has it: both (n,)."""
+    """logits (n, V) -> of each row the largest in float32, NaN where there is one, and the first place that has it: both (n,)."""
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]: ...
 
