@@ -104,7 +104,7 @@ class LogSumExpOp(Protocol):
 
 
 class LargestOp(Protocol):
-    """logits (n, V) -> of each row the largest in float32 (NaN where there is one) and the first place that has it, (n,) each."""
+    """logits (n, V) -> (n,) the largest of each row in float32, NaN where there is one, and (n,) the first place that has it."""
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]: ...
 
