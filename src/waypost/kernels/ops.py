@@ -104,7 +104,7 @@ class LogSumExpOp(Protocol):
 
 
 class LargestOp(Protocol):
-    """logits (n, V) -> (n,) the largest of each row in float32, NaN where there is one, and (n,) the first place that has it."""
+    """logits (n, V) -> (n,) the largest of each row in float32, NaN where there is one; (n,) the first place that has it."""
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]: ...
 
