@@ -35,6 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("import cut.gguf out", "CheckpointError: cut.gguf: cannot be read as GGUF: "),
         ("import model file", "ConfigError: file exists already, and import overwrites nothing"),
         ("export model file --weights-only", "ConfigError: file exists already, and export overwrites nothing"),
+        ("export model it.gguf --weights-only", "it.gguf names a GGUF file: say --gguf for one, or give a folder"),
         ("train nowhere.yaml --out out", "ConfigError: nowhere.yaml: cannot be read (No such file or directory)"),
         ("train TINY --out file", "CheckpointError: file: File exists; check the path"),
         ("train TINY --out out --set steps=many", "ConfigError: steps: input should be a valid integer, given 'many'"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from waypost.core.errors import NumericsError
+from waypost.core.errors import NumericsError, WaypostError
 
 SEQ_LEN = 128
 TUNING_SEED = 1000
@@ -75,6 +75,8 @@ class Lab:
             },
             out,
         )  # fmt: skip
+        if "held_out_loss" not in result.metrics:
+            raise WaypostError(f"a run of the claim was stopped after {result.step} steps: there is nothing to compare")
         lines = read_lines(out / "metrics.jsonl")
         return Outcome(result.metrics["held_out_loss"], lines[0]["loss"], result.step, result.seconds, result.checkpoint)
 

@@ -43,9 +43,12 @@ def command(
     if not weights_only and dtype is not None:
         raise typer.BadParameter("--dtype belongs to --weights-only; with --gguf say --type")
 
+    from waypost.core.errors import ConfigError
     from waypost.keep.disk import human
     from waypost.transform.converting.exporting import export_folder, export_gguf
 
+    if not gguf and out.suffix == ".gguf":
+        raise ConfigError(f"{out} names a GGUF file: say --gguf for one, or give a folder")
     if dcp:
         from waypost.transform.converting.torch_distributed import export_dcp
 

@@ -76,7 +76,7 @@ class Machines:
         try:
             return self._callers[machine].call(name, into, **fields)
         except Gone:
-            del self._callers[machine]
+            self._callers.pop(machine, None)
             raise
 
     def read(self, step: int, offset: int, out: memoryview) -> None:
