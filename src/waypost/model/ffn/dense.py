@@ -32,6 +32,7 @@ class Dense:
         return DenseFfn(config.hidden_size, self.intermediate_size, self.bias)
 
     def keeps(self, hidden_size: int) -> Kept:
+        """gate, up and silu(gate) * up of a token; what autograd holds of each until its gradient is taken."""
         return Kept(narrow=3 * self.intermediate_size, cheap=self.intermediate_size, passing=2 * self.intermediate_size)
 
 

@@ -45,6 +45,7 @@ class Moe:
         return MoeFfn(self, config.hidden_size)
 
     def keeps(self, hidden_size: int) -> Kept:
+        """The routing of a token, and what its experts and the shared one hold."""
         # an expert's rows are no multiple of the tile: what its linears keep are padded copies, which nothing makes again
         k, shared = self.num_experts_per_tok, self.shared_intermediate_size or 0
         inner = k * self.intermediate_size + shared

@@ -54,6 +54,7 @@ class Attention:
         return AttentionMixer(self, config, layer)
 
     def keeps(self, hidden_size: int) -> Kept:
+        """Queries, keys, values and the output of a token with its log-sum-exp; queries and keys before their norms too."""
         queries, pairs = self.num_attention_heads * self.head_dim, 2 * self.num_key_value_heads * self.head_dim
         normed = {"none": 0, "head": self.num_attention_heads + self.num_key_value_heads, "full": 2}[self.qk_norm]
         before_norms = queries + pairs // 2 if normed else 0
