@@ -137,7 +137,7 @@ class Account(RuleBasedStateMachine):
     def begin(self, sequences: int, more: float, guessing: float, plain_s: float) -> None:
         self.regime, self.price = Regime(sequences), of_tiles(1.0, more)
         self.guessing, self.plain_s = guessing, plain_s
-        self.steps = self.gained = self.worst = 0.0
+        self.steps = self.gained = self.worst = self.generations = 0.0
 
     def step(self, chance: float, believed: float) -> bool:
         """Whether guesses were allowed; of four for each sequence, `chance` comes true of those that were run."""
@@ -174,9 +174,15 @@ class Account(RuleBasedStateMachine):
         assert waited <= (OPENING + self.worst) / SHARE + 1
         assert sum(self.step(1.0, 1.0) for _ in range(40)) >= 40 - KNOWN - 2
 
+    @rule(share=st.floats(0.0, 1.0))
+    def some_texts_are_new(self, share: float) -> None:
+        count = math.ceil(share * self.regime.sequences)
+        self.regime.meet(count)
+        self.generations += count / self.regime.sequences
+
     @invariant()
     def losses_are_bounded(self) -> None:
-        assert -self.gained <= OPENING + SHARE * self.steps + self.worst + 1e-6
+        assert -self.gained <= (OPENING + self.worst) * (1 + self.generations) + SHARE * self.steps + 1e-6
         assert self.regime.credit <= MOST
 
 
@@ -192,6 +198,23 @@ def test_a_drafter_that_loses_is_off_but_for_trials() -> None:
         tried += guesses > 0
         regime.observe(8 + guesses, 1.5 if guesses else 1.0)
     assert 10 <= tried <= (OPENING + SHARE * 2000) / 0.5 + 1
+
+
+def test_new_texts_begin_with_a_trial() -> None:
+    """What copying gained pays for no long trials of other texts, and what those lost keeps no copying one waiting."""
+    regime = known(8)
+    for _ in range(100):
+        regime.observe(16 if regime.drafts else 8, 1.2, accepted=8 if regime.drafts else 0)
+    assert regime.credit == pytest.approx(MOST, abs=0.5)
+    regime.meet(8)
+    assert regime.credit == OPENING
+    while regime.on:
+        regime.observe(16 if regime.drafts else 8, 1.5 if regime.drafts else 1.0)
+    regime.meet(4)
+    assert 0.0 < regime.credit < OPENING
+    regime.meet(8)
+    regime.observe(8, 1.0)
+    assert regime.drafts
 
 
 def test_rows_of_a_tile() -> None:

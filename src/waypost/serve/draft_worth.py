@@ -6,9 +6,10 @@ booked. All is counted in steps without guesses of as many sequences, which are 
 slows down slows both.
 
 `Regime` keeps an account: credit is what guesses have gained, up to MOST, and SHARE of every step. Guessing goes on while there
-is credit; without any it is given up, and tried anew when SHARE has earned a trial.
+is credit; without any it is given up, and tried anew when SHARE has earned a trial. Texts that are new begin with the credit of
+a trial, for what others gained or lost says little of them.
 Invariant: where steps of a size always take the same, what guesses have lost for one number of sequences is at most
-OPENING + SHARE * steps and what one step can lose.
+SHARE * steps and, for the first texts and for as many new ones again, OPENING and what one step can lose.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ DECLINED = 16
 """Steps in which no guess was worth its row, after which a trial is over: what made it decline may have changed."""
 SHARE = 0.01
 """Of all steps, what trying guesses may cost."""
-OPENING, MOST = 0.5, 3.0
+OPENING, MOST = 0.25, 3.0
 """Steps that a trial may lose before it is given up, and the most that gains let it lose later."""
 
 
@@ -89,6 +90,10 @@ class Regime:
     def drafts(self) -> bool:
         """Whether the next step may have guesses."""
         return self.on and len(self._plain_s) >= KNOWN and self._since_plain < KNOWN_FOR * max(self.credit, 1.0)
+
+    def meet(self, count: int) -> None:
+        """`count` of the sequences have texts that are new."""
+        self.credit += count / self.sequences * (OPENING - self.credit)
 
     def choose(self, chances: Sequence[float]) -> int:
         """How many guesses to run in the next step, the likeliest first; `chances`, falling: that each comes true."""

@@ -48,6 +48,7 @@ class Speculation:
     def __post_init__(self) -> None:
         self._proposer = self.drafter.build() if self.drafter is not None else None
         self._known: dict[int, tuple[int, Acceptance]] = {}
+        self._met: set[int] = set()
         self._guessing_s = self._prompts_s = 0.0
         self._accepted = 0
 
@@ -66,7 +67,10 @@ class Speculation:
         if self._proposer is None or not spans:
             return spans
         regime = self.regimes.get(len(spans)) or self.regimes.setdefault(len(spans), Regime(len(spans)))
-        if not (self.always or (regime.drafts and all(s.sequence.decoding for s in spans))):
+        decoding = all(s.sequence.decoding for s in spans)
+        if decoding:
+            self._meet(spans, regime)
+        if not (self.always or (regime.drafts and decoding)):
             return spans
         drafting = [s for s in spans if self._may(s)]
         self._follow(drafting, regime.trials)
@@ -82,6 +86,12 @@ class Speculation:
                 out[id(span)] = replace(span, draft=tuple(draft))
         self._guessing_s += self.clock() - began
         return list(out.values())
+
+    def _meet(self, spans: Sequence[Span], regime: Regime) -> None:
+        new = {s.sequence.arrival for s in spans} - self._met
+        if new:
+            self._met |= new
+            regime.meet(len(new))
 
     def _follow(self, spans: Sequence[Span], trial: int) -> None:
         """Shows the drafter how texts have gone on. Its first sight of one is charged to no decoding step: that is a thousandth
@@ -162,6 +172,7 @@ class Speculation:
         if self._proposer is not None:
             self._proposer.forget(sequence.arrival)
             self._known.pop(sequence.arrival, None)
+            self._met.discard(sequence.arrival)
 
     def _may(self, span: Span) -> bool:
         s = span.sequence
