@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from waypost.cli.main import main
 from waypost.core.config import technique
@@ -16,7 +18,7 @@ from waypost.core.errors import ConfigError
 from waypost.measure.live import LiveBytes
 from waypost.plan import process
 from waypost.plan.laws import Scale
-from waypost.plan.memory import layer_sizes, memory_plan
+from waypost.plan.memory import MemoryPlan, layer_sizes, memory_plan
 from waypost.plan.planning import Score, plan, score, scores_text
 from waypost.testing.points._shared import token_batch
 from waypost.testing.tiny import tiny_config, tiny_model
@@ -55,6 +57,38 @@ def test_predicted_bytes_are_within_a_tenth_of_counted_ones(memory: Any, precisi
     config = tiny_config(**{**SIZES, **(mixture if kind == "mixture" else {})})
     recipe = resolve({**TREE, "precision": precision, "memory": memory})
     assert memory_plan(recipe, config, 256, 1).peak == pytest.approx(counted(recipe, config, 256, 1), rel=0.1)
+
+
+def planned(memory: Any, tokens: int, layers: int = 6, precision: str = "fp32", micro_batches: int = 1) -> MemoryPlan:
+    config = tiny_config(**{**SIZES, "num_hidden_layers": layers})
+    return memory_plan(resolve({**TREE, "precision": precision, "memory": memory}), config, tokens, micro_batches)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(["stream_bp", "seco"]), tokens=st.integers(1, 300), more=st.integers(0, 300),
+    precision=st.sampled_from(["fp32", "bf16"]),
+)  # fmt: skip
+def test_beyond_one_chunk_and_two_micro_batches_nothing_changes(name: str, tokens: int, more: int, precision: str) -> None:
+    here = planned({"name": name, "chunk_tokens": tokens}, tokens, 2, precision)
+    assert planned({"name": name, "chunk_tokens": tokens + more}, tokens, 2, precision) == here
+    several = [planned("plain", tokens, 2, precision, micro_batches) for micro_batches in (2, 3, 2 + more)]
+    assert several == [several[0]] * 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    memory=st.sampled_from(MEMORIES), tokens=st.integers(1, 600), more=st.integers(0, 200), layers=st.integers(1, 6),
+    micro_batches=st.integers(1, 3),
+)  # fmt: skip
+def test_more_tokens_and_more_layers_hold_more(memory: Any, tokens: int, more: int, layers: int, micro_batches: int) -> None:
+    here = planned(memory, tokens, layers, micro_batches=micro_batches)
+    longer = planned(memory, tokens + more, layers, micro_batches=micro_batches)
+    deeper = planned(memory, tokens, layers + 1, micro_batches=micro_batches)
+    assert (longer.weights, longer.optimizer, longer.gradients) == (here.weights, here.optimizer, here.gradients)
+    assert longer.peak >= here.peak
+    assert deeper.peak > here.peak
+    assert here.peak >= here.weights + here.optimizer + here.gradients
 
 
 def test_gradients_of_several_micro_batches_are_counted_in_float32() -> None:

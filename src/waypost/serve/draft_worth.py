@@ -44,7 +44,7 @@ DECLINED = 16
 """Steps in which no guess was worth its row, after which a trial is over: what made it decline may have changed."""
 SHARE = 0.01
 """Of all steps, what trying guesses may cost."""
-OPENING, MOST = 0.25, 3.0
+OPENING, MOST = 0.5, 3.0
 """Steps that a trial may lose before it is given up, and the most that gains let it lose later."""
 
 
