@@ -94,18 +94,12 @@ _OUR_FAST_MODE = (
     "the baseline is our own fast mode, an operator at a time and slower than transformers; against a fast mode with the same "
     "fusions, which was not built, exactness may cost something"
 )
-_Q4_1_ALONE = "llama.cpp ran in Q4_1 alone; in bf16, tried once since on a busy machine, it was more than twice as quick"
 CAVEATS: Mapping[str, str] = {
     "exact.prefill": _OUR_FAST_MODE,
     "exact.stream": _OUR_FAST_MODE,
     "exact.streams": _OUR_FAST_MODE,
     "exact.step": "the baseline is our own fast mode, an operator at a time; train.step has transformers",
-    "serve.prefill.llama": _Q4_1_ALONE,
-    "serve.streams16.llama": _Q4_1_ALONE,
-    "serve.streams32.llama": _Q4_1_ALONE,
     "upcycle.sparse": "at equal time, which stands beside it, the dense model is better",
     "memory.seco": "with 2 of 4 heads for keys and values it holds more than StreamBP",
-    "keep.stall": "it is paid for in memory: the trainer held 6.82 GB at most, against 4.49 GB",
-    "keep.scatter": "dcp.load ran as two ranks of two threads each on two cores",
 }
 """Claim -> what a reader must know beside its ratio, for receipts that do not say it themselves."""
