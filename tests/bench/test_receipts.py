@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from waypost.bench import CAVEATS, CLAIMS
-from waypost.bench.plan_memory import direction
+from waypost.bench.plans import direction
 from waypost.bench.pretraining import Tuned, chosen, tuned
 from waypost.bench.receipt import PACKAGE, Options, Receipt, commit, latest, series
 from waypost.cli.bench import command

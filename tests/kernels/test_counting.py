@@ -13,7 +13,7 @@ from torch import Tensor
 from waypost.kernels import PAGE_TOKENS as P
 from waypost.kernels import build, select
 
-KERNELS = ("naive", "cpu") if build.compiler() is not None else ("naive",)
+KERNELS = ("naive", "cpu") if build.available() else ("naive",)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

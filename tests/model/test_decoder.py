@@ -27,7 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "experts": {"model_type": "mixtral", **EXPERTS},
     "shared expert": {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, **EXPERTS},
 }
-KERNELS = ("naive", *(("cpu",) if build.compiler() is not None else ()))
+KERNELS = ("naive", *(("cpu",) if build.available() else ()))
 sequences = st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=18), min_size=1, max_size=4)
 
 _MODELS: dict[tuple[str, str, torch.dtype], Decoder] = {}

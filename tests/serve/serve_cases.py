@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from waypost.core.batch import Batch
-from waypost.kernels.build import compiler
+from waypost.kernels.build import available
 from waypost.model.decoder import Decoder
 from waypost.model.head import token_log_probs
 from waypost.serve.answer import Answer
@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "bias": {"model_type": "qwen2"},
     "moe": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-KERNELS = ("naive", "cpu") if compiler() is not None else ("naive",)
+KERNELS = ("naive", "cpu") if available() else ("naive",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

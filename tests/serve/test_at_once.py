@@ -15,7 +15,7 @@ from serve_cases import VARIANTS, answers_of, make_engine, prompt_of
 from torch import Tensor
 
 from waypost.core.batch import Batch
-from waypost.kernels.build import compiler
+from waypost.kernels.build import available
 from waypost.kernels.layers.cpu import KINDS
 from waypost.kernels.low_rank.factors import Factors
 from waypost.model.adapter_sites import sites
@@ -29,7 +29,7 @@ from waypost.serve.pages import PagedKv, StepKv
 from waypost.serve.sampling import Sampling
 from waypost.testing.tiny import tiny_config, tiny_model
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs the compiled kernels")
+pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler here and no library from a wheel; naive is used")
 
 ARITHMETIC = {"bf16": torch.bfloat16, "bf16 weights, fp32 arithmetic": torch.float32}
 TAKES_IT = ("gqa", "one-kv-head-wide", "window", "qk-norm", "bias")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from waypost.core.errors import NumericsError
-from waypost.kernels.build import compiler
+from waypost.kernels.build import available
 from waypost.kernels.ops import LinearOp, Ops
 from waypost.model.decoder import Decoder
 from waypost.serve.engine import Engine
 from waypost.testing.isolation import Leak, check_isolation, find_leaks, logits_of
 from waypost.testing.tiny import tiny_config, tiny_model
 
-KERNELS = ("naive", "cpu") if compiler() is not None else ("naive",)
+KERNELS = ("naive", "cpu") if available() else ("naive",)
 VARIANTS: dict[str, dict[str, object]] = {
     "gqa": {},
     "moe": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},

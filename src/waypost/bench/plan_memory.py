@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from waypost.bench.plans import LONGEST, SMALL, TINY, planned, prepared, recipe_of, setting, trained
+from waypost.bench.plans import LONGEST, SMALL, TINY, direction, planned, prepared, recipe_of, setting, trained
 from waypost.bench.receipt import Options, Receipt, series
 from waypost.core.config import technique
 from waypost.core.progress import progress
@@ -91,9 +91,3 @@ class PlanMemory:
                 **extra,
             },
         )
-
-
-def direction(errors: Sequence[float]) -> str:
-    """The worst of signed relative errors, and how many are too low."""
-    worst, low = max(errors, key=abs), sum(error < 0 for error in errors)
-    return f"the worst is {abs(worst):.3f} too {'low' if worst < 0 else 'high'}, and {low} of {len(errors)} are too low"

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from waypost.bench.plan_memory import direction
-from waypost.bench.plans import LONGEST, SMALL, TINY, planned, prepared, recipe_of, setting, trained
+from waypost.bench.plans import LONGEST, SMALL, TINY, direction, planned, prepared, recipe_of, setting, trained
 from waypost.bench.receipt import Options, Receipt, series
 from waypost.core.config import technique
 from waypost.core.progress import progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,12 @@ def trained(folder: Path, name: str, recipe: Mapping[str, Any], steps: int) -> l
     if len(lines) != steps:
         raise NumericsError(f"waypost train: {name} took {len(lines)} steps, not {steps}")
     return lines
+
+
+def direction(errors: Sequence[float]) -> str:
+    """The worst of signed relative errors, and how many are too low."""
+    worst, low = max(errors, key=abs), sum(error < 0 for error in errors)
+    return f"the worst is {abs(worst):.3f} too {'low' if worst < 0 else 'high'}, and {low} of {len(errors)} are too low"
 
 
 def _written(folder: Path, name: str, recipe: Mapping[str, Any]) -> str:
