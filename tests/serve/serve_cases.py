@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "qk-norm": {"model_type": "qwen3", "head_dim": 16},
     "post-norm": {"model_type": "olmo2"},
     "bias": {"model_type": "qwen2"},
+    "panels": {"intermediate_size": 144, "head_dim": 16, "attention_bias": True, "mlp_bias": True},
     "moe": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 KERNELS = ("naive", "cpu") if available() else ("naive",)

@@ -32,7 +32,8 @@ from waypost.testing.tiny import tiny_config, tiny_model
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler here and no library from a wheel; naive is used")
 
 ARITHMETIC = {"bf16": torch.bfloat16, "bf16 weights, fp32 arithmetic": torch.float32}
-TAKES_IT = ("gqa", "one-kv-head-wide", "window", "qk-norm", "bias")
+TAKES_IT = ("gqa", "one-kv-head-wide", "window", "qk-norm", "bias", "panels")
+"""The last has heads and gates of whole vectors and panels: rows are placed, and gates taken, on the way."""
 
 
 def served(variant: str, arithmetic: torch.dtype = torch.bfloat16) -> Decoder:

@@ -84,6 +84,14 @@ template <class T> inline void store_some(T *p, Vec<Wide<T>> v, int n) {
   else store_part(p, v, n);
 }
 
+// to = from + with, `width` elements, rounded.
+template <class T> inline void add_row(const T *from, const T *with, long width, T *to) {
+  for (long k = 0; k < width; k += kLanes) {
+    const int n = (int)(width - k < kLanes ? width - k : kLanes);
+    store_some(to + k, load_some(from + k, n) + load_some(with + k, n), n);
+  }
+}
+
 // a * b + c with one rounding where the processor has it, two where it has not: written out, never left to the compiler,
 // which might contract one copy of a loop and not another (the sources are compiled with -ffp-contract=off).
 template <class A> inline Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {

@@ -193,12 +193,11 @@ def _parts(
     head = 2.0 * config.hidden_size * config.vocab_size
     products = counted - attention - head  # of a row; and the bytes of their weights, two for a multiply-add
     cached = work.streams * sum(4.0 * m.num_key_value_heads * m.head_dim * k for m, k in zip(mixers, keys, strict=True))
-    small = taken["norms"] + taken["heads"] + taken["gates"]
     rest = whole - sum(taken.values()) - head_s - draw_s
     return [
-        Part("products of the layers", taken["products"], work.rows * products, products),
-        Part("attention", taken["attention"], work.rows * attention, cached),
-        Part("norms, rotary positions, gates", small),
+        Part("products of the layers, gates", taken["products"], work.rows * products, products),
+        Part("attention, rotary positions", taken["attention"], work.rows * attention, cached),
+        Part("norms", taken["norms"]),
         Part("the head", head_s, work.heads * head, head),
         Part("drawing", draw_s),
         Part("scheduler, batch, requests, interpreter", rest),

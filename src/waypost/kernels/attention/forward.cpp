@@ -36,18 +36,43 @@ template <class T> class Walker {
   std::vector<Vec<A>> scores_;
 
  public:
-  void share(const Paged<T> &call, const std::vector<Item> &items) {
-    const long total = (long)items.size() * call.shape.groups;
+  void share(const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
+    const int G = call.shape.groups;
+    const long total = (long)items.size() * G, rows = call.starts[call.sequences];
+    if (call.single()) return share_single(call, items, before);
+    if (before) {
+#pragma omp for schedule(static)
+      for (long i = 0; i < rows * G; ++i) (*before)(i / G, (int)(i % G));
+    }
 #pragma omp for schedule(dynamic, 1)
     for (long w = 0; w < total; ++w) {
-      const Item &item = items[w / call.shape.groups];
-      const int g = (int)(w % call.shape.groups);
-      if (item.end - item.begin == 1 && call.shape.width % P == 0) row(call, item, g);
-      else block(call, item, g);
+      const Item &item = items[w / G];
+      if (item.end - item.begin == 1 && call.shape.width % P == 0) row(call, {&item, (int)(w % G)}, {});
+      else block(call, item, (int)(w % G));
     }
   }
 
  private:
+  struct Head {
+    const Item *item = nullptr;
+    int g = 0;
+  };
+
+  // A row a sequence: each thread knows which heads come next, and nothing needs to be done for all rows before the first attends.
+  void share_single(const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
+    Head now;
+    own_heads(call, items, [&](const Item &item, int g) {
+      if (now.item) placed_row(call, now, {&item, g}, before);
+      now = {&item, g};
+    });
+    if (now.item) placed_row(call, now, {}, before);
+#pragma omp barrier
+  }
+  void placed_row(const Paged<T> &call, Head here, Head next, const Before *before) {
+    if (before) (*before)(here.item->begin, here.g);
+    row(call, here, next);
+  }
+
   void load_queries(const Paged<T> &call, const Item &item, int g, int padded) {
     const int n = item.end - item.begin, R = call.shape.share(), D = call.shape.width;
     queries_.resize((size_t)n * R * padded);
@@ -102,20 +127,28 @@ template <class T> class Walker {
     store_rows(call, item, g, padded);
   }
 
-  // One row: up to four of its queries at a time over the pages as they lie.
-  void row(const Paged<T> &call, const Item &item, int g) {
-    const int R = call.shape.share();
+  // A block of keys from `key` on.
+  void fetch_keys(const Paged<T> &call, Head head, int key) {
+    const int D = call.shape.width, position = call.position(*head.item);
+    for (int b = 0; b < N && key + b * P <= position; ++b) fetch(call.k_pages + call.page(*head.item, key + b * P, head.g) * D * P, D * P);
+  }
+
+  // One row: up to four of its queries at a time over the pages as they lie. `next`: what this thread does after it, if it knows.
+  void row(const Paged<T> &call, Head head, Head next) {
+    const Item &item = *head.item;
+    const int R = call.shape.share(), g = head.g;
     load_queries(call, item, g, call.shape.width);
     int x = 0;
-    for (; x + 4 <= R; x += 4) queries<4>(call, item, g, x);
-    if (R - x == 3) queries<3>(call, item, g, x);
-    else if (R - x == 2) queries<2>(call, item, g, x);
-    else if (R - x == 1) queries<1>(call, item, g, x);
+    for (; x + 4 <= R; x += 4) queries<4>(call, head, next, x);
+    if (R - x == 3) queries<3>(call, head, next, x);
+    else if (R - x == 2) queries<2>(call, head, next, x);
+    else if (R - x == 1) queries<1>(call, head, next, x);
     store_rows(call, item, g, call.shape.width);
   }
 
-  template <int M> void queries(const Paged<T> &call, const Item &item, int g, int x) {
-    const int D = call.shape.width, position = call.position(item);
+  template <int M> void queries(const Paged<T> &call, Head head, Head next, int x) {
+    const Item &item = *head.item;
+    const int D = call.shape.width, position = call.position(item), g = head.g;
     Vec<A> *scores = &scores_[(size_t)x * N];
     for (int key = call.first_key(position); key <= position; key += K) {
       const T *k[N], *v[N];
@@ -126,8 +159,8 @@ template <class T> class Walker {
       const Visible<N> seen(position, key, call.window);
       if (x == 0) {  // what is needed next is on its way while this is computed: pages lie anywhere in memory
         for (int b = 0; b < N && key + b * P <= position; ++b) fetch(v[b], D * P);
-        for (int next = key + K; next < key + 2 * K && next <= position; next += P)
-          fetch(call.k_pages + call.page(item, next, g) * D * P, D * P);
+        if (key + K <= position) fetch_keys(call, head, key + K);
+        else if (next.item) fetch_keys(call, next, call.first_key(call.position(*next.item)));
       }
       page_dots<M, N, T>(&at_[x], k, D, scores);
       for (int i = x; i < x + M; ++i) {
@@ -156,16 +189,16 @@ template <class T> void forward(const Paged<T> &call, int threads) {
   const std::vector<Item> items = call.items();
   const bool shared = items.size() * call.shape.groups > 1;
 #pragma omp parallel num_threads(threads) if (shared)
-  share_attention(call, items);
+  share_attention(call, items, nullptr);
 }
 
 }  // namespace
 
-template <class T> void share_attention(const Paged<T> &call, const std::vector<Item> &items) {
+template <class T> void share_attention(const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
   thread_local Walker<T> walker;  // whose memory is kept for the next call
-  walker.share(call, items);
+  walker.share(call, items, before);
 }
-template void share_attention(const Paged<Element> &, const std::vector<Item> &);
+template void share_attention(const Paged<Element> &, const std::vector<Item> &, const Before *);
 
 }  // namespace waypost
 

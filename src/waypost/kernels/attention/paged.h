@@ -1,10 +1,13 @@
 // Attention over pages as its callers see it: what a call consists of, how its rows are cut into work, and the writing of pages.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 #include <vector>
 
 #include "../common.h"
+#include "../upcoming.h"
 
 namespace waypost {
 
@@ -47,6 +50,7 @@ template <class T> struct Paged {
   T *out;
   Wide<T> *lse;
 
+  bool single() const { return starts[sequences] == sequences && shape.width % P == 0; }  // one row a sequence
   std::vector<Item> items() const { return cut(starts, sequences, rows_per_item(shape.share())); }
   int position(const Item &item) const { return context[item.sequence] + item.begin - starts[item.sequence]; }
   int first_key(int position) const { return window > 0 ? std::max(0, position - window + 1) / K * K : 0; }
@@ -64,8 +68,42 @@ template <class T> inline void write_value(const T *v, T *v_pages, long slot, in
   std::memcpy(v_pages + ((slot / P * groups + g) * P + slot % P) * width, v, width * sizeof(T));
 }
 
-// This thread's share of the blocks of rows `items` and the key/value heads, inside a parallel region; the threads meet at the end.
-// Defined in forward.cpp for the element type at hand.
-template <class T> void share_attention(const Paged<T> &call, const std::vector<Item> &items);
+// What must be done for a row and a key/value head before anything attends there: its queries, and its key and value in their page.
+struct Before {
+  void (*call)(const void *self, long row, int group);
+  const void *self;
+  void operator()(long row, int group) const { call(self, row, group); }
+};
+
+// This thread's share of the blocks of rows `items` and the key/value heads, inside a parallel region, after `before`, which may be
+// null, for each of its own; the threads meet at the end. Defined in forward.cpp for the element type at hand.
+template <class T> void share_attention(const Paged<T> &call, const std::vector<Item> &items, const Before *before);
+
+// Calls f(item, g) for the rows and key/value heads of this thread of a region, where each sequence has one row: neighbours that
+// have an equal share of the keys.
+template <class T, class F> inline void own_heads(const Paged<T> &call, const std::vector<Item> &items, F f) {
+  const long me = omp_get_thread_num(), threads = omp_get_num_threads();
+  const auto cost = [&](const Item &item) {  // in keys; what a head takes beside them is as much as two blocks
+    const int position = call.position(item);
+    return (long)(position - call.first_key(position) + 2 * K);
+  };
+  long all = 0, passed = 0;
+  for (const Item &item : items) all += cost(item) * call.shape.groups;
+  for (const Item &item : items)
+    for (int g = 0; g < call.shape.groups; ++g, passed += cost(item))
+      if (passed * threads / all == me) f(item, g);
+}
+
+// Adds to `later` the pages that this thread will read, up to `most` bytes of them; each sequence has one row.
+template <class T> inline void add_pages(const Paged<T> &call, const std::vector<Item> &items, long most, Upcoming &later) {
+  const long size = (long)call.shape.width * P;
+  own_heads(call, items, [&](const Item &item, int g) {
+    const int position = call.position(item);
+    for (int key = call.first_key(position); key <= position && most > 0; key += P, most -= 2 * size * (long)sizeof(T)) {
+      const long page = call.page(item, key, g) * size;
+      later.add(call.k_pages + page, size * sizeof(T)), later.add(call.v_pages + page, size * sizeof(T));
+    }
+  });
+}
 
 }  // namespace waypost

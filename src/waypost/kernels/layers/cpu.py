@@ -18,9 +18,9 @@ from waypost.kernels.linear.quantized import QuantizedPanels
 from waypost.kernels.low_rank.factors import Factors
 from waypost.kernels.ops import Pages
 
-KINDS = ("norms", "products", "heads", "attention", "gates")
-"""What a pass consists of, in the order in which its clock counts: norms with the residual sums; the products with weights;
-rotary positions and the way of keys and values to their pages; attention; the gated activations."""
+KINDS = ("norms", "products", "attention")
+"""What a pass consists of, in the order in which its clock counts: norms with the residual sums; the products with weights,
+gated activations among them; attention with rotary positions and the way of keys and values to their pages."""
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 //   h += part; normed = norm(h)      part is what the step before left for the residual sum
 //   qkv = normed W_qkv
 //   queries rotate; keys rotate and go to their page, as values do; biases and norms of heads on the way
-//   mixed = attention over pages
+//   mixed = attention over pages             with the line above, head by head, where every sequence has one row
 //   part = mixed W_o
 //   h += part; normed = norm(h)
 //   wide = normed W_gate_up
-//   gated = silu(gate) * up
+//   gated = silu(gate) * up                  with the line above, panel by panel, where they are in 16 bits without adapters
 //   part = gated W_down
 //
-// Behind each product comes what the rows' adapters add to it, where a pass has any.
+// Behind each product comes what the rows' adapters add to it, where a pass has any. While a product computes, the memory works on
+// what comes after it: the weights with which a thread begins the next, and the pages of the next layer.
 //
 // Every step is the row kernel of its own operator with the same roundings, so the bits are those of the operators one by one.
 
@@ -53,8 +54,9 @@ struct Step {
   long adapters;
   void *share_low_rank;
 };
+constexpr long kMostPages = 1 << 20;  // bytes of cached keys and values that a thread asks for before it needs them
 constexpr int kSites = 7;  // q, k, v, out, gate, up, down
-enum Kind { kNorms, kProducts, kHeads, kAttention, kGates };
+enum Kind { kNorms, kProducts, kAttention };
 
 // Seconds by kind of work as a region's first thread sees them, its waiting for the others included.
 class Clock {
@@ -83,6 +85,7 @@ template <class T> class Pass {
   const Step &step_;
   T *h_;
   const long rows_, hidden_;
+  int widest_ = 0;  // head
   T *memory_;
   T *normed_, *qkv_, *q_, *mixed_, *wide_, *gated_, *part_;
   std::vector<std::pair<int, std::vector<Item>>> items_;  // by queries that share a key/value head
@@ -93,7 +96,7 @@ template <class T> class Pass {
     for (int i = 0; i < count; ++i) {
       heads = std::max(heads, (long)layers[i].heads * layers[i].width);
       qkv = std::max(qkv, layers[i].qkv.outputs);
-      wide = std::max(wide, layers[i].gate_up.outputs);
+      wide = std::max(wide, layers[i].gate_up.outputs), widest_ = std::max(widest_, layers[i].width);
       const int share = layers[i].heads / layers[i].groups;
       if (!items_of(share)) items_.push_back({share, cut(step.starts, step.sequences, rows_per_item(share))});
     }
@@ -112,33 +115,50 @@ template <class T> class Pass {
   void run(const Layer *layers, const int32_t *order, int count, void *const *k_pages, void *const *v_pages) {
     Clock clock(step_.seconds);
     const Product *before = nullptr;
+    Placing place{this, nullptr, nullptr, nullptr, std::vector<T>(2 * widest_)};
+    const Before before_heads{[](const void *self, long t, int g) { ((Placing *)self)->row(t, g); }, &place};
+    Upcoming also;
+    const auto attention = [&](int i) {
+      const Layer &layer = layers[i];
+      return Paged<T>{q_, (long)layer.heads * layer.width, (const T *)k_pages[i], (const T *)v_pages[i], step_.table, step_.table_width,
+                      step_.starts, step_.context, step_.sequences, {layer.heads, layer.groups, layer.width}, (Wide<T>)layer.scale,
+                      layer.window, mixed_, nullptr};
+    };
     for (int i = 0; i < count; ++i) {
-      const Layer &layer = layers[order[i]];
-      T *k = (T *)k_pages[order[i]], *v = (T *)v_pages[order[i]];
+      const int at = order[i];
+      const Layer &layer = layers[at];
+      const Paged<T> call = attention(at);
+      const std::vector<Item> &items = *items_of(call.shape.share());
       add_and_norm(before, (const T *)layer.attention_norm, layer.eps);
       clock.took(kNorms);
-      multiply(layer.qkv, normed_, qkv_);
-      const long D = layer.width, F = layer.gate_up.outputs / 2;
-      adapt(order[i], 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
+      also.clear();
+      expect(layer.out, also);
+      multiply(layer.qkv, normed_, qkv_, also);
+      const long D = layer.width;
+      adapt(at, 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
       clock.took(kProducts);
-      place_heads(layer, k, v);
-      clock.took(kHeads);
-      share_attention<T>({q_, (long)layer.heads * layer.width, k, v, step_.table, step_.table_width, step_.starts, step_.context,
-                          step_.sequences, {layer.heads, layer.groups, layer.width}, (Wide<T>)layer.scale, layer.window, mixed_, nullptr},
-                         *items_of(layer.heads / layer.groups));
+      place.layer = &layer, place.k_pages = (T *)k_pages[at], place.v_pages = (T *)v_pages[at];
+      share_attention<T>(call, items, &before_heads);
       clock.took(kAttention);
-      multiply(layer.out, mixed_, part_);
-      adapt(order[i], 3, {hidden_}, layer.out, mixed_, part_);
+      also.clear();
+      expect(layer.gate_up, also);
+      multiply(layer.out, mixed_, part_, also);
+      adapt(at, 3, {hidden_}, layer.out, mixed_, part_);
       clock.took(kProducts);
       add_and_norm(&layer.out, (const T *)layer.ffn_norm, layer.eps);
       clock.took(kNorms);
-      multiply(layer.gate_up, normed_, wide_);
-      adapt(order[i], 4, {F, F}, layer.gate_up, normed_, wide_);
+      also.clear();
+      expect(layer.down, also);
+      if (i + 1 < count) {
+        const Paged<T> pages = attention(order[i + 1]);
+        if (pages.single()) add_pages(pages, *items_of(pages.shape.share()), kMostPages, also);
+      }
+      multiply_and_gate(at, layer.gate_up, also);
       clock.took(kProducts);
-      gate(layer.gate_up);
-      clock.took(kGates);
-      multiply(layer.down, gated_, part_);
-      adapt(order[i], 6, {hidden_}, layer.down, gated_, part_);
+      also.clear();
+      if (i + 1 < count) expect(layers[order[i + 1]].qkv, also);
+      multiply(layer.down, gated_, part_, also);
+      adapt(at, 6, {hidden_}, layer.down, gated_, part_);
       clock.took(kProducts);
       before = &layer.down;
     }
@@ -155,18 +175,25 @@ template <class T> class Pass {
     return nullptr;
   }
 
-  // to = from + with, `width` elements, rounded.
-  static void add(const T *from, const T *with, long width, T *to) {
-    for (long k = 0; k < width; k += kLanes) {
-      const int n = (int)std::min<long>(kLanes, width - k);
-      store_some(to + k, load_some(from + k, n) + load_some(with + k, n), n);
-    }
-  }
-
-  void multiply(const Product &p, const T *x, T *out) {
+  void multiply(const Product &p, const T *x, T *out, Upcoming &also) {
     if constexpr (std::is_same_v<T, bf16>)
       if (p.bits < 16) return p.share(p.bits, x, rows_, p.pairs, p.panels, p.scales, p.group_pairs, p.outputs, out);
-    share_linear(x, rows_, p.pairs, (const Pair *)p.panels, p.outputs, out);
+    share_linear(x, rows_, p.pairs, (const Pair *)p.panels, p.outputs, out, also);
+  }
+
+  // Both products of the feed-forward's first half, and their gate.
+  void multiply_and_gate(int at, const Product &p, Upcoming &also) {
+    const long width = p.outputs / 2;
+    if (p.bits == 16 && !step_.which && can_gate(width))
+      return share_gated(normed_, rows_, p.pairs, (const Pair *)p.panels, width, (const T *)p.bias, gated_, also);
+    multiply(p, normed_, wide_, also);
+    adapt(at, 4, {width, width}, p, normed_, wide_);
+    gate(p);
+  }
+
+  // What a product reads first joins what is upcoming.
+  void expect(const Product &p, Upcoming &later) const {
+    if (p.bits == 16) add_first(rows_, p.pairs, (const Pair *)p.panels, p.outputs, later);
   }
 
   // A row with an adapter has its biases as soon as it has a product, for what the adapter adds comes after them.
@@ -178,7 +205,7 @@ template <class T> class Pass {
     if (p.bias) {
 #pragma omp for schedule(static)
       for (long t = 0; t < rows_; ++t)
-        if (adapted(t)) add(y + t * p.outputs, (const T *)p.bias, p.outputs, y + t * p.outputs);
+        if (adapted(t)) add_row(y + t * p.outputs, (const T *)p.bias, p.outputs, y + t * p.outputs);
     }
     const long inputs = 2 * p.pairs;
     ((ShareLowRank<T> *)step_.share_low_rank)(x, inputs, inputs, y, p.outputs, widths.begin(), (int)widths.size(), step_.which, rows_,
@@ -190,34 +217,46 @@ template <class T> class Pass {
 #pragma omp for schedule(static)
     for (long t = 0; t < rows_; ++t) {
       T *h = h_ + t * hidden_, *part = part_ + t * hidden_;
-      if (before && before->bias && !adapted(t)) add(part, (const T *)before->bias, hidden_, part);
-      if (before) add(h, part, hidden_, h);
+      if (before && before->bias && !adapted(t)) add_row(part, (const T *)before->bias, hidden_, part);
+      if (before) add_row(h, part, hidden_, h);
       if (weight) norm_row(h, weight, (int)hidden_, eps, normed_ + t * hidden_);
     }
   }
 
-  void place_heads(const Layer &layer, T *k_pages, T *v_pages) {
-    const int H = layer.heads, G = layer.groups, D = layer.width, all = H + 2 * G;
-    std::vector<T> own(D), turned(D);
-#pragma omp for schedule(static)
-    for (long i = 0; i < rows_ * all; ++i) {
-      const long t = i / all;
-      const int j = (int)(i % all);
-      const float *cosine = step_.cosine + t * (D / 2), *sine = step_.sine + t * (D / 2);
-      const T *x = qkv_ + i * D;
-      if (layer.qkv.bias && !adapted(t)) add(x, (const T *)layer.qkv.bias + (long)j * D, D, own.data()), x = own.data();
-      const void *norm = j < H ? layer.q_norm : j < H + G ? layer.k_norm : nullptr;
-      if (norm) norm_row(x, (const T *)norm, D, layer.eps, own.data()), x = own.data();
-      if (j < H) {
-        rotate_head(x, cosine, sine, D, 1.0f, q_ + (t * H + j) * D);
-      } else if (j < H + G) {
-        rotate_head(x, cosine, sine, D, 1.0f, turned.data());
-        write_key(turned.data(), k_pages, step_.slots[t], j - H, G, D);
-      } else {
-        write_value(x, v_pages, step_.slots[t], j - H - G, G, D);
-      }
+  // Puts what one row has for a key/value head in its place: rotates the queries that share it and the key, writes key and value to
+  // their page. A thread's own.
+  struct Placing {
+    const Pass *pass;
+    const Layer *layer;
+    T *k_pages, *v_pages;
+    std::vector<T> memory;
+
+    void row(long t, int g) {
+      const int H = layer->heads, G = layer->groups, D = layer->width, R = H / G;
+      const Step &step = pass->step_;
+      T *turned = memory.data() + D;
+      for (int j = g * R; j < (g + 1) * R; ++j) rotate(t, j, layer->q_norm, pass->q_ + (t * H + j) * D);
+      rotate(t, H + g, layer->k_norm, turned);
+      write_key(turned, k_pages, step.slots[t], g, G, D);
+      write_value(biased(t, H + G + g), v_pages, step.slots[t], g, G, D);
     }
-  }
+
+   private:
+    // Head j of a row of qkv, with its bias.
+    const T *biased(long t, int j) {
+      const int D = layer->width;
+      const T *x = pass->qkv_ + (t * (layer->heads + 2 * layer->groups) + j) * D;
+      if (!layer->qkv.bias || pass->adapted(t)) return x;
+      add_row(x, (const T *)layer->qkv.bias + (long)j * D, D, memory.data());
+      return memory.data();
+    }
+    void rotate(long t, int j, const void *norm, T *to) {
+      const int D = layer->width;
+      const T *x = biased(t, j);
+      if (norm) norm_row(x, (const T *)norm, D, layer->eps, memory.data()), x = memory.data();
+      rotate_head(x, pass->step_.cosine + t * (D / 2), pass->step_.sine + t * (D / 2), D, 1.0f, to);
+    }
+  };
 
   void gate(const Product &p) {
     constexpr long piece = 512;  // so that the threads share a single row too
@@ -226,7 +265,7 @@ template <class T> class Pass {
     for (long i = 0; i < rows_ * pieces; ++i) {
       const long f = i % pieces * piece, n = std::min(piece, width - f);
       T *g = wide_ + i / pieces * p.outputs + f, *u = g + width;
-      if (p.bias && !adapted(i / pieces)) add(g, (const T *)p.bias + f, n, g), add(u, (const T *)p.bias + width + f, n, u);
+      if (p.bias && !adapted(i / pieces)) add_row(g, (const T *)p.bias + f, n, g), add_row(u, (const T *)p.bias + width + f, n, u);
       gate_row(g, u, (int)n, gated_ + i / pieces * width + f);
     }
   }

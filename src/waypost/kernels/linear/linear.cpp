@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "../swiglu/row.h"
 #include "panels.h"
 
 namespace waypost {
@@ -56,15 +57,46 @@ void linear_plain(const X *x, long rows, long pairs, const Pair *weight, long ou
 
 }  // namespace
 
-template <class X> void share_linear(const X *x, long rows, long pairs, const Pair *panels, long outputs, X *out) {
-  const long size = pairs * kPanel, last_panel = (outputs - 1) / kPanel;
+template <class X> void share_linear(const X *x, long rows, long pairs, const Pair *panels, long outputs, X *out, Upcoming &also) {
+  const long size = pairs * kPanel;
+  const Share own(rows, outputs);
+  also.spread(own.bursts(rows, pairs));
   share_panels(rows, outputs, [&](long panel, int here, long first, long last) {
     const Pair *weights = panels + panel * size;
     tiles(x + first * pairs * 2, last - first, pairs, weights, out + first * outputs + panel * kPanel, outputs, here,
-          panel < last_panel ? weights + size : nullptr);
+          panel < own.panels - 1 ? weights + size : nullptr, &also);
   });
 }
-template void share_linear(const Element *, long, long, const Pair *, long, Element *);
+template void share_linear(const Element *, long, long, const Pair *, long, Element *, Upcoming &);
+
+bool can_gate(long width) { return width % kPanel == 0; }
+
+template <class X>
+void share_gated(const X *x, long rows, long pairs, const Pair *panels, long width, const X *bias, X *out, Upcoming &also) {
+  const long size = pairs * kPanel;
+  const Share own(rows, width);
+  also.spread(2 * own.bursts(rows, pairs));
+  thread_local std::vector<X> both;
+  both.resize(2 * kBlockRows * kPanel);
+  X *const gates = both.data(), *const ups = gates + kBlockRows * kPanel;
+  share_panels(rows, width, [&](long panel, int here, long first, long last) {
+    const Pair *gate = panels + panel * size, *up = gate + own.panels * size;
+    const X *from = x + first * pairs * 2;
+    tiles(from, last - first, pairs, gate, gates, kPanel, here, up, &also);
+    tiles(from, last - first, pairs, up, ups, kPanel, here, panel < own.panels - 1 ? gate + size : nullptr, &also);
+    for (long t = 0; t < last - first; ++t) {
+      X *g = gates + t * kPanel, *u = ups + t * kPanel;
+      if (bias) add_row(g, bias + panel * kPanel, kPanel, g), add_row(u, bias + width + panel * kPanel, kPanel, u);
+      gate_row(g, u, kPanel, out + (first + t) * width + panel * kPanel);
+    }
+  });
+}
+template void share_gated(const Element *, long, long, const Pair *, long, const Element *, Element *, Upcoming &);
+
+void add_first(long rows, long pairs, const Pair *panels, long outputs, Upcoming &later) {
+  const long size = pairs * kPanel;
+  later.add(panels + Share(rows, outputs).first_panel() * size, size * (long)sizeof(Pair));
+}
 
 }  // namespace waypost
 
@@ -87,6 +119,9 @@ void EXPORT(linear_plain)(const Element *x, long rows, long pairs, const Pair *w
 // x (rows, 2 * pairs) -> out (rows, outputs), both contiguous.
 void EXPORT(linear)(const Element *x, long rows, long pairs, const Pair *panels, long outputs, Element *out, int threads) {
 #pragma omp parallel num_threads(threads) if (outputs > kPanel || rows > kBlockRows)
-  share_linear(x, rows, pairs, panels, outputs, out);
+  {
+    Upcoming nothing;
+    share_linear(x, rows, pairs, panels, outputs, out, nothing);
+  }
 }
 }

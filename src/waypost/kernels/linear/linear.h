@@ -2,12 +2,21 @@
 #pragma once
 
 #include "../common.h"
+#include "../upcoming.h"
 
 namespace waypost {
 
-// This thread's share of x (rows, 2 * pairs) -> out (rows, outputs); the threads meet at the end. Defined in linear.cpp for the
-// element type at hand; `panels` are those of panels.h.
-template <class X> void share_linear(const X *x, long rows, long pairs, const Pair *panels, long outputs, X *out);
+// This thread's share of x (rows, 2 * pairs) -> out (rows, outputs); the threads meet at the end. On the way the memory works on
+// `also`. Defined in linear.cpp for the element type at hand; `panels` are those of panels.h.
+template <class X> void share_linear(const X *x, long rows, long pairs, const Pair *panels, long outputs, X *out, Upcoming &also);
+
+// silu(x G^T) * (x U^T) over panels of G and, behind them, of U; each has `width` outputs, a whole number of panels. What a
+// thread makes of both it gates while that is in its cache. bias (2 width,) or null.
+template <class X> void share_gated(const X *x, long rows, long pairs, const Pair *panels, long width, const X *bias, X *out, Upcoming &also);
+bool can_gate(long width);
+
+// Adds to `later` the weights with which this thread would begin share_linear.
+void add_first(long rows, long pairs, const Pair *panels, long outputs, Upcoming &later);
 
 // The same over weights in few bits; quantized.cpp says how they lie.
 typedef void ShareQuantized(int bits, const bf16 *x, long rows, long pairs, const void *panels, const void *scales, long group_pairs,

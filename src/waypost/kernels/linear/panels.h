@@ -4,9 +4,12 @@
 // of x and its row of W alone, never on how many rows there are, how they are cut into tiles, or on the number of threads.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 
 #include "../common.h"
+#include "../upcoming.h"
 
 namespace waypost {
 
@@ -76,44 +79,67 @@ template <int R, class X> inline void store_tile(X *out, long stride, const Vec<
       store_some(out + r * stride + kLanes * v, acc[r][v], outputs - kLanes * v);
 }
 
-// R rows times one panel (pairs, 48). `next` is where the first of the weights needed later lie, `step` bytes of them a pair
-// are asked for on the way; 0: none.
+// R rows times one panel (pairs, 48). `next` is where the first of the weights needed later lie, `burst` bytes of them are asked
+// for with every kBurst pairs, 0: none; and with them some of `also`, which may be null. Asked for pair by pair they would cost
+// the inner loop a twelfth of its speed.
+constexpr long kBurst = 16;
 template <int R, class X>
-inline void tile(const X *x, long pairs, const Pair *panel, X *out, long outputs, int here, const char *next, long step) {
+inline void tile(const X *x, long pairs, const Pair *panel, X *out, long outputs, int here, const char *next, long burst,
+                 Upcoming *also) {
   Vec<float> acc[R][kVectors];
   clear(acc);
-  for (long k = 0; k < pairs; ++k, panel += kPanel, next += step) {
-    VecU w[kVectors];
-    for (int v = 0; v < kVectors; ++v) std::memcpy(&w[v], panel + kLanes * v, sizeof w[v]);
-    for (long at = 0; at < step; at += 64) __builtin_prefetch(next + at, 0, 2);
-    add_pairs(acc, x + 2 * k, 2 * pairs, w);
+  for (long k = 0; k < pairs;) {
+    for (const char *end = next + burst; next < end; next += 64) __builtin_prefetch(next, 0, 2);
+    if (also) also->fetch();
+    for (const long stop = std::min(k + kBurst, pairs); k < stop; ++k, panel += kPanel) {
+      VecU w[kVectors];
+      for (int v = 0; v < kVectors; ++v) std::memcpy(&w[v], panel + kLanes * v, sizeof w[v]);
+      add_pairs(acc, x + 2 * k, 2 * pairs, w);
+    }
   }
   store_tile<R>(out, outputs, acc, here);
 }
 
 // Any number of rows times one panel, a tile at a time. `next` is the panel that will be used after it, or null: while the
-// later tiles find this one in the cache, the memory works on the next.
+// later tiles find this one in the cache, the memory works on the next, and on `also`.
 template <class X>
-inline void tiles(const X *x, long rows, long pairs, const Pair *panel, X *out, long outputs, int here, const Pair *next = nullptr) {
-  constexpr long panel_bytes = kPanel * sizeof(Pair);  // of a pair of inputs
-  const long count = (rows + kTileRows - 1) / kTileRows, share = std::min<long>(count, 4), step = next && count > 1 ? panel_bytes / share : 0;
+inline void tiles(const X *x, long rows, long pairs, const Pair *panel, X *out, long outputs, int here, const Pair *next = nullptr,
+                  Upcoming *also = nullptr) {
+  const long count = (rows + kTileRows - 1) / kTileRows, share = std::max<long>(1, std::min<long>(count, 4));
+  const long own = kPanel * sizeof(Pair) / share, burst = next && count > 1 ? kBurst * own : 0;  // of a pair, of a burst
   for (long i = 0; i < count; ++i)
     with_rows(std::min<long>(kTileRows, rows - i * kTileRows), [&](auto rows_here) {
       const long t = i * kTileRows;
       tile<decltype(rows_here)::count>(x + t * pairs * 2, pairs, panel, out + t * outputs, outputs, here,
-                                       (const char *)next + i * pairs * step, i < share ? step : 0);
+                                       (const char *)next + i * pairs * own, i < share ? burst : 0, also);
     });
 }
+
+// How panels and blocks of rows are shared among the threads of a region: each has neighbours, the panels of one block first.
+struct Share {
+  long panels, begin, end;  // of panels x blocks
+
+  Share(long rows, long outputs) {
+    const long blocks = (rows + kBlockRows - 1) / kBlockRows, me = omp_get_thread_num(), threads = omp_get_num_threads();
+    panels = (outputs + kPanel - 1) / kPanel;
+    begin = panels * blocks * me / threads, end = panels * blocks * (me + 1) / threads;
+  }
+  long first_panel() const { return begin % panels; }
+  // Bursts (tile) of so many rows over all that is this thread's.
+  long bursts(long rows, long pairs) const {
+    return (end - begin) * ((std::min(rows, kBlockRows) + kTileRows - 1) / kTileRows) * ((pairs + kBurst - 1) / kBurst);
+  }
+};
 
 // Calls f(panel, outputs of it, first row, last row) for every panel and block of rows, shared among the threads of the
 // parallel region that this is called in.
 template <class F> inline void share_panels(long rows, long outputs, F f) {
-  const long panels = (outputs + kPanel - 1) / kPanel, blocks = (rows + kBlockRows - 1) / kBlockRows;
-#pragma omp for schedule(static)
-  for (long i = 0; i < panels * blocks; ++i) {
-    const long panel = i % panels, first = i / panels * kBlockRows;
+  const Share own(rows, outputs);
+  for (long i = own.begin; i < own.end; ++i) {
+    const long panel = i % own.panels, first = i / own.panels * kBlockRows;
     f(panel, (int)std::min<long>(kPanel, outputs - panel * kPanel), first, std::min(rows, first + kBlockRows));
   }
+#pragma omp barrier
 }
 
 }  // namespace waypost
