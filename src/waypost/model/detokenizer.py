@@ -28,7 +28,8 @@ def tidy(text: str) -> str:
 
 
 class Detokenizer:
-    """`decode` maps ids to text; `skip` holds ids that leave no trace; `token` names the string of an id."""
+    """`decode` maps ids to text; `skip` holds ids that leave no trace; `token` names the string of an id; `alone`, which may
+    remember, is `decode` of one id."""
 
     def __init__(
         self,
@@ -37,8 +38,10 @@ class Detokenizer:
         token: Callable[[int], str | None],
         byte_runs: bool,
         tidied: bool,
+        alone: Callable[[int], str] | None = None,
     ) -> None:
         self._decode, self._skip, self._token, self._byte_runs, self._tidied = decode, skip, token, byte_runs, tidied
+        self._alone = alone if alone is not None else lambda token_id: decode([token_id])
         self._ids: list[int] = []
         self._given = ""  # the part of decode(self._ids) that was given out
         self._raw = ""  # decoded, but not yet safe to tidy
@@ -56,7 +59,7 @@ class Detokenizer:
         if text.endswith(_UNFINISHED):
             return ""
         new = text[len(self._given) :]
-        alone = self._decode([token_id])
+        alone = self._alone(token_id)
         if alone and _UNFINISHED not in alone:
             self._ids, text = [token_id], alone
         self._given = text

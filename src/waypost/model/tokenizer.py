@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,12 +101,22 @@ class Tokenizer:
     def stream(self, *, skip_special: bool = True) -> Detokenizer:
         """Text of tokens that arrive one by one: push(id) -> str, flush() -> str; joined, they equal `decode` of all."""
         return Detokenizer(
-            decode=lambda ids: str(self._fast.decode(ids, skip_special_tokens=False)),
+            decode=self._whole,
             skip=self._special_ids if skip_special else (),
             token=self._fast.id_to_token,
             byte_runs="ByteFallback" in json.dumps(self._decoder),
             tidied=self._tidied,
+            alone=self._alone,
         )
+
+    def _whole(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, those of special tokens included, untidied."""
+        return str(self._fast.decode(ids, skip_special_tokens=False))
+
+    @functools.cached_property
+    def _alone(self) -> Callable[[int], str]:
+        """`_whole` of one id, remembered: there are no more than the vocabulary has."""
+        return functools.cache(lambda token_id: self._whole([token_id]))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for inside a text; a special token stands for its name, an unused id for none."""

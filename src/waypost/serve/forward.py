@@ -56,11 +56,15 @@ def _adapters(model: Decoder, spans: Sequence[Span]) -> StepAdapters | None:
 
 
 def _head(model: Decoder, h: Tensor, rows: Rows, spans: Sequence[Span]) -> Tensor | None:
-    ends = np.cumsum([s.num_rows for s in spans])
-    wanted = [np.arange(end - 1 - len(s.draft), end) for s, end in zip(spans, ends) if _completes(s)]
-    if not wanted:
+    complete = [_completes(s) for s in spans]
+    if not any(complete):
         return None
-    at = np.concatenate(wanted)
+    if len(h) == len(spans) and all(complete):
+        return model.head(h, rows)
+    ends = np.cumsum([s.num_rows for s in spans])
+    at = np.concatenate(
+        [np.arange(end - 1 - len(s.draft), end) for s, end, ends_here in zip(spans, ends, complete) if ends_here]
+    )
     return model.head(h if len(at) == len(h) else h[torch.from_numpy(at)], rows)
 
 
@@ -85,28 +89,41 @@ def build_batch(spans: Sequence[Span]) -> tuple[Batch, Tensor, Tensor]:
     """-> (batch, table (S, max_pages) int32, slots (T,) int64): where each sequence's pages are, where each row's keys go."""
     context = [s.sequence.num_slots for s in spans]
     counts = [s.num_rows for s in spans]
+    table = np.zeros((len(spans), pages_for(max(c + n for c, n in zip(context, counts)))), dtype=np.int32)
+    for row, (span, cached, count) in enumerate(zip(spans, context, counts)):
+        used = span.sequence.pages[: pages_for(cached + count)]
+        table[row, : len(used)] = used
+    per_row = _single_rows(spans, context) if sum(counts) == len(spans) else _rows(spans, context, counts, table)
+    tokens, positions, slots = torch.from_numpy(per_row).unbind()
+    starts = np.zeros(len(spans) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    batch = Batch(
+        tokens=tokens, positions=positions, starts=torch.from_numpy(starts),
+        context=torch.from_numpy(np.array(context, dtype=np.int32)),
+    )  # fmt: skip
+    return batch, torch.from_numpy(table), slots
+
+
+def _single_rows(spans: Sequence[Span], context: Sequence[int]) -> np.ndarray:
+    """(3, T) int64: the token, the position and the slot of every row, where each span has one. Most steps are such; a few
+    numbers a row cost less in plain Python than as arrays, whose code has left the caches since the last step."""
+    rows = []
+    for span, cached in zip(spans, context):
+        s = span.sequence
+        rows.append((s.tokens[s.num_computed], s.num_computed, s.pages[cached // P] * P + cached % P))
+    return np.array(rows, dtype=np.int64).T.copy()
+
+
+def _rows(spans: Sequence[Span], context: Sequence[int], counts: Sequence[int], table: np.ndarray) -> np.ndarray:
+    """As _single_rows, for spans of any lengths."""
     tokens: list[int] = []
     for span in spans:
         begin = span.sequence.num_computed
         tokens += span.sequence.tokens[begin : begin + span.num_tokens]
         tokens += span.draft
-    table = np.zeros((len(spans), pages_for(max(c + n for c, n in zip(context, counts)))), dtype=np.int32)
-    for row, (span, cached) in enumerate(zip(spans, context)):
-        used = span.sequence.pages[: pages_for(cached + span.num_rows)]
-        table[row, : len(used)] = used
-    starts = np.zeros(len(spans) + 1, dtype=np.int32)
-    np.cumsum(counts, out=starts[1:])
-    if len(tokens) == len(spans):
-        row_sequence, places = np.arange(len(spans)), np.array(context, dtype=np.int64)
-    else:
-        row_sequence = np.repeat(np.arange(len(spans)), counts)
-        places = np.arange(len(tokens)) + np.repeat(np.array(context) - starts[:-1], counts)
+    starts = np.cumsum(counts) - counts
+    row_sequence = np.repeat(np.arange(len(spans)), counts)
+    places = np.arange(len(tokens)) + np.repeat(np.array(context) - starts, counts)
     slots = table[row_sequence, places // P].astype(np.int64) * P + places % P
     positions = places + np.array([s.sequence.dropped for s in spans], dtype=np.int64)[row_sequence]
-    batch = Batch(
-        tokens=torch.tensor(tokens, dtype=torch.int64),
-        positions=torch.from_numpy(positions),
-        starts=torch.from_numpy(starts),
-        context=torch.tensor(context, dtype=torch.int32),
-    )
-    return batch, torch.from_numpy(table), torch.from_numpy(slots)
+    return np.stack([np.array(tokens, dtype=np.int64), positions, slots])

@@ -117,7 +117,7 @@ class LiveSequence:
     @property
     def decoding(self) -> bool:
         """Whether only its newest token is missing."""
-        return self.num_computed > 0 and self.remaining == 1
+        return self.num_computed > 0 and len(self.tokens) - self.num_computed == 1
 
 
 class Ledger:

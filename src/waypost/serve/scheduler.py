@@ -58,7 +58,7 @@ class Scheduler:
                     break
                 granted.append(self.ledger.clipped(span))
         for span in granted:
-            self.turns.charge(span.sequence, self.ledger.tokens([span]))
+            self.turns.charge(span.sequence, span.work / self.ledger.num_layers)
         return granted
 
     def index(self, spans: Iterable[Span]) -> None:

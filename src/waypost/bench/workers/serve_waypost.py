@@ -18,8 +18,13 @@ from waypost.serve.sampling import Sampling
 
 def main() -> None:
     args = json.loads(sys.argv[1])
-    # Each round asks the same again: without the cache, so that prefill is computed and not found.
-    engine = Engine(args["model"], numerics=args["numerics"], threads=args["threads"], dtype=torch.bfloat16, prefix_cache=False)
+    # Each round asks the same again: without the cache, so that prefill is computed and not found. Steps may be as large as the
+    # rival's (serve_vllm.py), so that all streams begin together; and as on the other sides nobody asks for text.
+    engine = Engine(
+        args["model"], numerics=args["numerics"], threads=args["threads"], dtype=torch.bfloat16, prefix_cache=False,
+        max_batch_tokens=2048,
+    )  # fmt: skip
+    engine.tokenizer = None
 
     def generate(prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
         sampling = Sampling(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import Structure, addressof, byref, c_double, c_int, c_int32, c_long, c_void_p, cast
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,6 +110,15 @@ class LayerTable:
         self.seconds: Tensor | None = None
         """(len(KINDS),) float64: each pass adds the seconds that its kinds of work took. None: nothing is timed."""
         self.rows = (_Layer * len(self.weights))(*map(_layer, self.weights))
+        self._places: tuple[Sequence[Tensor], Sequence[Tensor], Any, Any] | None = None
+
+    def places(self, pages: Pages) -> tuple[Any, Any]:
+        """Where the keys and the values of each layer lie. A cache keeps its tensors, so they are looked up once."""
+        known = self._places
+        if known is None or known[0] is not pages.k_pages or known[1] is not pages.v_pages:
+            k, v = ((c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)) for tensors in (pages.k_pages, pages.v_pages))
+            self._places = known = pages.k_pages, pages.v_pages, k, v
+        return known[2:]
 
 
 def run_layers(
@@ -123,10 +133,8 @@ def run_layers(
     if adapters is not None:
         step.factors, step.adapters = addressof(adapters.rows), adapters.count
         step.share_low_rank = cast(kernels(h).share_low_rank, c_void_p)
-    pointers = c_void_p * count
     kernels(h).run_layers(
-        table.rows, count, (c_int32 * len(order))(*order), len(order),
-        pointers(*(x.data_ptr() for x in pages.k_pages)), pointers(*(x.data_ptr() for x in pages.v_pages)),
+        table.rows, count, (c_int32 * len(order))(*order), len(order), *table.places(pages),
         byref(step), out.data_ptr(), *h.shape, torch.get_num_threads(),
     )  # fmt: skip
     return out

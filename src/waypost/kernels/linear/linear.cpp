@@ -57,8 +57,15 @@ void linear_plain(const X *x, long rows, long pairs, const Pair *weight, long ou
 
 }  // namespace
 
+// Rows that other threads have just written, all at once.
+template <class X> void fetch_rows(const X *x, long elements) {
+  if (elements * (long)sizeof(X) > 1 << 17) return;
+  for (long i = 0; i < elements; i += 64 / (long)sizeof(X)) __builtin_prefetch(x + i, 0, 3);
+}
+
 template <class X> void share_linear(const X *x, long rows, long pairs, const Pair *panels, long outputs, X *out, Upcoming &also) {
   const long size = pairs * kPanel;
+  fetch_rows(x, rows * pairs * 2);
   const Share own(rows, outputs);
   also.spread(own.bursts(rows, pairs));
   share_panels(rows, outputs, [&](long panel, int here, long first, long last) {
@@ -74,6 +81,7 @@ bool can_gate(long width) { return width % kPanel == 0; }
 template <class X>
 void share_gated(const X *x, long rows, long pairs, const Pair *panels, long width, const X *bias, X *out, Upcoming &also) {
   const long size = pairs * kPanel;
+  fetch_rows(x, rows * pairs * 2);
   const Share own(rows, width);
   also.spread(2 * own.bursts(rows, pairs));
   thread_local std::vector<X> both;

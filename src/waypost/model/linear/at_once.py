@@ -13,6 +13,7 @@ Shapes: T rows, C hidden_size, D head width.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ from waypost.model.linear.dense import Linear
 from waypost.model.linear.fused import FusedAttention, FusedFfn
 from waypost.model.norm.rms import RmsNorm
 from waypost.model.rows import RowAdapters, Rows
+
+
+_VERSION = attrgetter(
+    "_version"
+)  # with map, a third of the time of a comprehension: it is asked of every parameter, every step
 
 
 def attach(model: Decoder) -> Decoder:
@@ -50,7 +56,7 @@ class LayersAtOnce:
         pages = rows.kv.pages
         if pages is None or torch.is_grad_enabled() or not len(h):
             return None
-        if self._versions != [parameter._version for parameter in self._parameters]:
+        if self._versions != list(map(_VERSION, self._parameters)):
             self._refresh()
         cos, sin = rows.angles(self._model[0].config.rope, self._table.weights[0].width)
         where = (h, pages, rows.batch.starts, rows.batch.context, cos, sin)
@@ -72,7 +78,7 @@ class LayersAtOnce:
         assert weights is not None, "a model that could run at once can still do so"
         self._table = LayerTable(weights)
         self._table.seconds = self._seconds
-        self._versions = [parameter._version for parameter in self._parameters]
+        self._versions = list(map(_VERSION, self._parameters))
 
 
 def _weights(model: Decoder) -> list[LayerWeights] | None:

@@ -73,15 +73,19 @@ def sample(logits: Tensor, asks: Sequence[Ask], ops: Ops, weight_version: int = 
     failed = {i: v for i, v in enumerate(peak.tolist()) if not math.isfinite(v)}
     if failed:
         logits = logits.index_fill(0, torch.tensor(list(failed)), 0.0)
-    edited = {i: _edit(logits[i].float(), ask) for i, ask in enumerate(asks) if ask.edits}
+    edited: dict[int, Tensor] = {}
+    whole: list[int] = []
+    cut: list[int] = []
+    for i, ask in enumerate(asks):
+        if ask.edits:
+            edited[i] = _edit(logits[i].float(), ask)
+        if ask.sampling.temperature > 0:
+            (cut if ask.sampling.truncates else whole).append(i)
     tokens: list[int] = best.tolist()
     for i, row in edited.items():
         tokens[i] = int(row.argmax())
     drawn: dict[int, float] = {}
-    for cut in (False, True):  # rows that remove nothing do not pay for those that do
-        rows = [i for i, ask in enumerate(asks) if ask.sampling.temperature > 0 and ask.sampling.truncates == cut]
-        if not rows:
-            continue
+    for rows in filter(None, (whole, cut)):  # rows that remove nothing do not pay for those that do
         if len(rows) == len(asks) and not edited:
             part = logits.float()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import field
 
@@ -90,13 +91,13 @@ class Sampling:
     def _only_scores(self) -> bool:
         return self.max_tokens == 0 and self.prompt_logprobs is not None
 
-    @property
+    @functools.cached_property
     def edits_logits(self) -> bool:
         """Whether anything changes the logits before temperature (other than `min_tokens`, which ends)."""
         neutral = (1.0, 0.0, 0.0)
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != neutral or bool(self.logit_bias)
 
-    @property
+    @functools.cached_property
     def truncates(self) -> bool:
         """Whether tokens are removed from the distribution before the draw."""
         return self.top_k is not None or self.top_p < 1.0 or self.min_p > 0.0

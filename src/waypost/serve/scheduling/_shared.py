@@ -33,7 +33,7 @@ class Span:
     @property
     def work(self) -> int:
         """Rows times layers: what it takes of a step."""
-        return self.num_rows * self.num_layers
+        return (self.num_tokens + len(self.draft)) * (self.stop_layer - self.first_layer)
 
 
 class Policy(Protocol):

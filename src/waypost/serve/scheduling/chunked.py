@@ -17,7 +17,7 @@ from waypost.core.errors import ConfigError
 from waypost.serve.scheduling._shared import Span
 
 if TYPE_CHECKING:
-    from waypost.serve.ledger import Ledger
+    from waypost.serve.ledger import Ledger, LiveSequence
 
 
 @technique
@@ -30,8 +30,10 @@ class Chunked:
             raise ConfigError(f"Chunked.max_chunk_tokens={self.max_chunk_tokens}: must be at least 1, or left out")
 
     def schedule(self, ledger: Ledger, budget_tokens: int) -> list[Span]:
-        decodes = [s for s in ledger.running if s.decoding]
-        prompts = [s for s in ledger.running if not s.decoding]
+        decodes: list[LiveSequence] = []
+        prompts: list[LiveSequence] = []
+        for sequence in ledger.running:
+            (decodes if sequence.decoding else prompts).append(sequence)
         spans: list[Span] = []
         for sequence in (*decodes, *prompts, *ledger.waiting):
             if budget_tokens < 1:
