@@ -45,11 +45,8 @@ def served(variant: str, arithmetic: torch.dtype = torch.bfloat16) -> Decoder:
     return prepare_for_serving(widen_arithmetic(model, arithmetic))
 
 
-def one_pass(
-    model: Decoder, spans: list[tuple[int, int]], layers: range, at_once: bool, adapters: Sequence[int | None] = ()
-) -> tuple[Tensor, list[Tensor]]:
-    """Rows of sequences (context, new tokens) through `layers`, and the cache afterwards. Cached keys are noise; sequence i
-    has the adapter `adapters[i]`."""
+def rows_of(model: Decoder, spans: list[tuple[int, int]], adapters: Sequence[int | None] = ()) -> tuple[Rows, PagedKv]:
+    """Sequences (context, new tokens) and their cache, whose keys are noise; sequence i has the adapter `adapters[i]`."""
     pages_each = max(-(-(c + n) // 16) for c, n in spans)
     kv = PagedKv(model.config, pages_each * len(spans), model.dtype)
     source = torch.Generator().manual_seed(7)
@@ -59,10 +56,17 @@ def one_pass(
     batch = Batch.of([prompt_of(n, c + n) for c, n in spans], context=[c for c, _ in spans])
     row = torch.arange(len(spans)).repeat_interleave(torch.tensor([n for _, n in spans]))
     slots = table[row, batch.positions // 16].long() * 16 + batch.positions % 16
-    rows = Rows(batch, model.ops, StepKv(kv, table, slots), step_adapters(model, adapters, [n for _, n in spans]))
+    return Rows(batch, model.ops, StepKv(kv, table, slots), step_adapters(model, adapters, [n for _, n in spans])), kv
+
+
+def one_pass(
+    model: Decoder, spans: list[tuple[int, int]], layers: range, at_once: bool, adapters: Sequence[int | None] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """The rows of rows_of through `layers`, and the cache afterwards."""
+    rows, kv = rows_of(model, spans, adapters)
     run, model.at_once = model.at_once, model.at_once if at_once else None
     with torch.inference_mode():
-        h = model.embed(batch)
+        h = model.embed(rows.batch)
         before = h.clone()
         out = model.run(h, layers, rows)
         assert torch.equal(h, before), "the input is left as it was"
@@ -141,6 +145,47 @@ def test_adapters_of_rows_are_added_where_they_are_one_operator_at_a_time(varian
     check_equal(model, spans, layers[1:], [2, 1, 0, None, 1])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("variant", TAKES_IT)
+def test_from_tokens_to_logits_in_one_call_is_embedding_layers_and_head(variant: str, arithmetic: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model = served(variant, ARITHMETIC[arithmetic])
+    assert model.at_once is not None
+    for spans, adapters in (
+        ([(0, 9), (40, 1), (17, 30), (3, 1)], [0, None, 2, 1]),
+        ([(13 * i % 70 + 1, 1) for i in range(19)], []),
+        ([(5, 1)], [1]),
+    ):
+        (rows, kv), (again, kv_again) = (rows_of(model, spans, adapters) for _ in range(2))
+        wanted = torch.arange(again.batch.num_tokens)[:: 1 if len(spans) == 1 else 3]
+        with torch.inference_mode():
+            ours = model.at_once.logits(rows, None if len(spans) == 1 else wanted)
+            h = model.run(model.embed(again.batch), range(len(model.config.layers)), again)
+            plain = model.head(h[wanted], again)
+        assert ours is not None or ARITHMETIC[arithmetic] != model.model.embed_tokens.weight.dtype
+        if ours is not None:
+            assert torch.equal(ours, plain)
+            assert all(
+                torch.equal(a, b) for a, b in zip(kv.k_pages + kv.v_pages, kv_again.k_pages + kv_again.v_pages, strict=True)
+            )
+
+
+def test_a_changed_head_or_embedding_is_followed() -> None:
+    model = served("one-kv-head-wide")
+    assert model.at_once is not None
+    found = []
+    for name in (None, "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        if name is not None:
+            with torch.no_grad():
+                model.get_parameter(name).mul_(1.5)
+        with torch.inference_mode():
+            logits = model.at_once.logits(rows_of(model, [(5, 1), (9, 1)])[0])
+        assert logits is not None
+        assert all(not torch.equal(logits, before) for before in found)
+        found.append(logits)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_served_model_answers_as_the_one_it_was_made_from(variant: str) -> None:
     """Where layers of a kind do not run at once (post-norm, experts), the plain path answers."""
@@ -201,8 +246,11 @@ def test_a_timed_pass_says_where_the_time_went_and_keeps_its_bits() -> None:
     got, _ = one_pass(model, [(5, 30), (40, 1)], layers, at_once=True)
     took = time.perf_counter() - began
     assert torch.equal(got, want)
-    assert (seconds > 0).all()
+    assert (seconds > 0).tolist() == [kind != "head" for kind in KINDS], "the layers alone"
     assert seconds.sum() < took
+    with torch.inference_mode():
+        model.at_once.logits(rows_of(model, [(5, 1)])[0])
+    assert seconds[KINDS.index("head")] > 0
     model.at_once.time_into(None)
     before = seconds.clone()
     one_pass(model, [(5, 30)], layers, at_once=True)

@@ -19,7 +19,7 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "pass": {
         "attention_forward": [_P, _L, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _I],
         "write_pages": [_P, _L, _P, _L, _P, _P, _P, _I, _I, _I],
-        "run_layers": [_P, _I, _P, _I, _P, _P, _P, _P, _L, _L, _I],
+        "run_layers": [_P, _I, _P, _I, _P, _P, _P, _P, _P, _L, _L, _I],
         "linear": [_P, _L, _L, _P, _L, _P, _I],
         "linear_plain": [_P, _L, _L, _P, _L, _P, _I],
         "pack_panels": [_P, _L, _L, _P, _I],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from waypost.kernels.layers.cpu import LayerAdapters, LayerTable
+    from waypost.kernels.layers.cpu import LayerAdapters, LayerTable, ModelEnds
     from waypost.kernels.low_rank.factors import Factors
     from waypost.kernels.vocabulary import Vocabulary
 
@@ -162,6 +162,17 @@ class RunLayersOp(Protocol):
     ) -> Tensor: ...  # fmt: skip
 
 
+class RunModelOp(Protocol):
+    """tokens (T,) through the embedding, all layers of `table`, the last norm and the head of `ends` -> logits (n, V) of
+    the rows `wanted` (n,) int64; None: of every row. The rest as for RunLayersOp.
+    """
+
+    def __call__(
+        self, table: LayerTable, ends: ModelEnds, tokens: Tensor, wanted: Tensor | None, pages: Pages, starts: Tensor,
+        context: Tensor, cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Ops:
     """One coherent set of operators. Two runs promise equal bits only on equal sets (`name`)."""
@@ -182,4 +193,5 @@ class Ops:
     vocabulary: Vocabulary
     low_rank: LowRankOp
     run_layers: RunLayersOp | None = None
+    run_model: RunModelOp | None = None
     """None: layers are run an operator at a time."""

@@ -74,6 +74,10 @@ class AtOnce(Protocol):
 
     def __call__(self, h: Tensor, layers: Sequence[int], rows: Rows) -> Tensor | None: ...
 
+    def logits(self, rows: Rows, wanted: Tensor | None = None) -> Tensor | None:
+        """The whole model: (n, V) of the rows `wanted` (n,), None: of all."""
+        ...
+
 
 class Decoder(nn.Module):
     """A decoder-only language model. Fresh parameters are uninitialised: call `initialise`, or load a checkpoint."""

@@ -228,6 +228,7 @@ class Engine:
         deltas, self._outbox = self._outbox, []
         spans = self.drafts.lengthen(self.scheduler.plan())
         if spans:
+            self.kv.expect(self.pool.highest)
             self._mark(spans, began)
             decodes = all(s.sequence.decoding for s in spans)
             try:

@@ -38,13 +38,18 @@ def run_spans(model: Decoder, kv: PagedKv, spans: Sequence[Span]) -> tuple[list[
             continue
         batch, table, slots = build_batch(here)
         rows = Rows(batch, model.ops, kv.step(table, slots), _adapters(model, here))
+        wanted = _answered(here) if stop == last else None
+        if first == 0 and wanted is not None and model.at_once is not None and all(s.sequence.reader is None for s in here):
+            logits = model.at_once.logits(rows, wanted)
+            if logits is not None:
+                break
         h = model.embed(batch) if first == 0 else torch.cat([_hidden(s.sequence) for s in here])
         h = model.run(h, range(first, stop), rows)
         if stop < last:
             for span, part in zip(here, h.split([s.num_rows for s in here]), strict=True):
                 span.sequence.hidden = part
         else:
-            logits = _head(model, h, rows, here)
+            logits = None if wanted is None else model.head(h if len(wanted) == len(h) else h[wanted], rows)
             _read(model, h, rows, here)
     return [s for s in spans if s.stop_layer == last and _completes(s)], logits
 
@@ -55,17 +60,16 @@ def _adapters(model: Decoder, spans: Sequence[Span]) -> StepAdapters | None:
     return None if store is None else store.step(model, users, [s.num_rows for s in spans])
 
 
-def _head(model: Decoder, h: Tensor, rows: Rows, spans: Sequence[Span]) -> Tensor | None:
+def _answered(spans: Sequence[Span]) -> Tensor | None:
+    """(n,) int64: the rows whose logits are wanted; None: no row's."""
     complete = [_completes(s) for s in spans]
     if not any(complete):
         return None
-    if len(h) == len(spans) and all(complete):
-        return model.head(h, rows)
+    if all(complete) and all(s.num_rows == 1 for s in spans):
+        return torch.arange(len(spans))
     ends = np.cumsum([s.num_rows for s in spans])
-    at = np.concatenate(
-        [np.arange(end - 1 - len(s.draft), end) for s, end, ends_here in zip(spans, ends, complete) if ends_here]
-    )
-    return model.head(h if len(at) == len(h) else h[torch.from_numpy(at)], rows)
+    rows = [np.arange(end - 1 - len(s.draft), end) for s, end, whole in zip(spans, ends, complete) if whole]
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def _read(model: Decoder, h: Tensor, rows: Rows, spans: Sequence[Span]) -> None:

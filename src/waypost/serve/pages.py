@@ -34,6 +34,8 @@ class PagePool:
         self._free = list(range(total - 1, -1, -1))  # a stack: page 0 is handed out first
         self._kept: set[int] = set()  # by the prefix cache
         self._idle: dict[int, None] = {}  # kept pages that nobody refers to, the least recently used first
+        self.highest = 0
+        """The highest page that was ever handed out."""
         self.on_evict: Callable[[int], None] = lambda page: None
         """Told of every idle page that is handed out again."""
 
@@ -63,6 +65,7 @@ class PagePool:
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
+        self.highest = max(self.highest, *pages) if pages else self.highest
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
@@ -135,8 +138,11 @@ class PagedKv:
 
     def step(self, table: Tensor, slots: Tensor) -> StepKv:
         """The cache as one forward pass sees it: table (S, max_pages) int32, slots (T,) int64."""
-        self._upcoming.reach(int(table.max()) if table.numel() else 0)
         return StepKv(self, table, slots)
+
+    def expect(self, page: int) -> None:
+        """Says that pages up to `page` are in use: memory for those after it is fetched before they are due."""
+        self._upcoming.reach(page)
 
     def move(self, layer: int, pages: Sequence[int], keep: Tensor) -> None:
         """Moves the keys in slots `keep` (G, n), ascending, of a sequence's `pages` to its slots 0 .. n - 1, with their values

@@ -5,16 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from waypost.core.errors import ConfigError
-from waypost.kernels.vocabulary import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from waypost.kernels.ops import Ops
     from waypost.model.config import ModelConfig
     from waypost.serve.engine import Engine
 
@@ -110,14 +108,13 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
     model, once = engine.model, engine.model.at_once
     if once is None or not hasattr(once, "time_into"):
         raise ConfigError("limits are measured where all layers run in one call: a dense model in bfloat16, compiled kernels")
-    seconds, head, plain = torch.zeros(len(KINDS), dtype=torch.float64), _TimedHead(), model.ops
+    seconds = torch.zeros(len(KINDS), dtype=torch.float64)
     once.time_into(seconds)
-    model.ops = replace(plain, vocabulary=head)
     steps: list[list[float]] = []
     draws, flops, read = [], [], []
     try:
         for turn in range(rounds + 1):  # the first does not count: caches fill, clocks rise
-            found = _steps(engine, work, seconds, head, turn)
+            found = _steps(engine, work, seconds, turn)
             if turn:
                 steps += found
                 draws.append(_draw_s(engine, work))
@@ -125,29 +122,15 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
                 read.append(read_bandwidth())
     finally:
         once.time_into(None)
-        model.ops = plain
     steps.sort()
     quick = steps[: max(3, int(len(steps) * QUICKEST))]
-    whole, head_s, *kinds = (statistics.fmean(column) for column in zip(*quick, strict=True))
-    parts = _parts(model.config, work, dict(zip(KINDS, kinds, strict=True)), whole, head_s, min(draws))
+    whole, *kinds = (statistics.fmean(column) for column in zip(*quick, strict=True))
+    parts = _parts(model.config, work, dict(zip(KINDS, kinds, strict=True)), whole, min(draws))
     return Profile(work, parts, Peaks(max(flops), max(read)))
 
 
-class _TimedHead(Whole):
-    """The head, with a clock."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def logits(self, h: Tensor, held: Tensor, ops: Ops) -> Tensor:
-        began = time.perf_counter()
-        out = super().logits(h, held, ops)
-        self.seconds += time.perf_counter() - began
-        return out
-
-
-def _steps(engine: Engine, work: Work, seconds: Tensor, head: _TimedHead, turn: int) -> list[list[float]]:
-    """Seconds of each step, of its head, and of its kinds of work in the layers."""
+def _steps(engine: Engine, work: Work, seconds: Tensor, turn: int) -> list[list[float]]:
+    """Seconds of each step, and of the kinds of work in it."""
     from waypost.serve.request import Request
     from waypost.serve.sampling import Sampling
 
@@ -158,9 +141,9 @@ def _steps(engine: Engine, work: Work, seconds: Tensor, head: _TimedHead, turn: 
     found = []
     while not engine.idle:
         seconds.zero_()
-        head.seconds, began = 0.0, time.perf_counter()
+        began = time.perf_counter()
         engine.step()
-        found.append([time.perf_counter() - began, head.seconds, *seconds.tolist()])
+        found.append([time.perf_counter() - began, *seconds.tolist()])
     return found[1:-1] if work.streams else found
 
 
@@ -177,9 +160,7 @@ def _draw_s(engine: Engine, work: Work) -> float:
     return best_seconds(lambda: sample(logits, asks, model.ops))
 
 
-def _parts(
-    config: ModelConfig, work: Work, taken: Mapping[str, float], whole: float, head_s: float, draw_s: float
-) -> list[Part]:
+def _parts(config: ModelConfig, work: Work, taken: Mapping[str, float], whole: float, draw_s: float) -> list[Part]:
     from waypost.measure.flops import decode_flops, forward_flops, mean_keys
     from waypost.model.mixer import Attention
 
@@ -193,12 +174,12 @@ def _parts(
     head = 2.0 * config.hidden_size * config.vocab_size
     products = counted - attention - head  # of a row; and the bytes of their weights, two for a multiply-add
     cached = work.streams * sum(4.0 * m.num_key_value_heads * m.head_dim * k for m, k in zip(mixers, keys, strict=True))
-    rest = whole - sum(taken.values()) - head_s - draw_s
+    rest = whole - sum(taken.values()) - draw_s
     return [
         Part("products of the layers, gates", taken["products"], work.rows * products, products),
         Part("attention, rotary positions", taken["attention"], work.rows * attention, cached),
         Part("norms", taken["norms"]),
-        Part("the head", head_s, work.heads * head, head),
+        Part("the head", taken["head"], work.heads * head, head),
         Part("drawing", draw_s),
         Part("scheduler, batch, requests, interpreter", rest),
     ]

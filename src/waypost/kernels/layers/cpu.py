@@ -6,7 +6,7 @@ Shapes: T rows, S sequences, C hidden_size, H query heads, G key/value heads, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import Structure, addressof, byref, c_double, c_int, c_int32, c_long, c_void_p, cast
+from ctypes import Array, Structure, addressof, byref, c_double, c_int, c_int32, c_long, c_void_p, cast
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from waypost.kernels.linear.quantized import QuantizedPanels
 from waypost.kernels.low_rank.factors import Factors
 from waypost.kernels.ops import Pages
 
-KINDS = ("norms", "products", "attention")
+KINDS = ("norms", "products", "attention", "head")
 """What a pass consists of, in the order in which its clock counts: norms with the residual sums; the products with weights,
-gated activations among them; attention with rotary positions and the way of keys and values to their pages."""
+gated activations among them; attention with rotary positions and the way of keys and values to their pages; the product
+with the vocabulary, where a call goes that far."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,17 @@ class _Layer(Structure):
     ]
 
 
+class _Ends(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("tokens", "embedding", "norm")),
+        ("eps", c_double),
+        ("head", _Product),
+        ("wanted", c_void_p),
+        ("answers", c_long),
+        ("logits", c_void_p),
+    ]
+
+
 class _Step(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("table", "starts", "context", "slots", "cosine", "sine")),
@@ -110,6 +122,8 @@ class LayerTable:
         self.seconds: Tensor | None = None
         """(len(KINDS),) float64: each pass adds the seconds that its kinds of work took. None: nothing is timed."""
         self.rows = (_Layer * len(self.weights))(*map(_layer, self.weights))
+        self.every = (c_int32 * len(self.weights))(*range(len(self.weights)))
+        """All of them, in their order."""
         self._places: tuple[Sequence[Tensor], Sequence[Tensor], Any, Any] | None = None
 
     def places(self, pages: Pages) -> tuple[Any, Any]:
@@ -121,11 +135,48 @@ class LayerTable:
         return known[2:]
 
 
+@dataclass(frozen=True)
+class ModelEnds:
+    """What is around the layers. V vocab_size."""
+
+    embedding: Tensor
+    """(V, C), in the dtype of the hidden states."""
+    norm: Tensor
+    """(C,)"""
+    eps: float
+    head: Product
+    """C -> V"""
+
+
 def run_layers(
     table: LayerTable, order: Sequence[int], h: Tensor, pages: Pages, starts: Tensor, context: Tensor, cos: Tensor, sin: Tensor,
     which: Tensor | None = None, adapters: LayerAdapters | None = None,
 ) -> Tensor:  # fmt: skip
-    out, count = h.clone(memory_format=torch.contiguous_format), len(table.weights)
+    out = h.clone(memory_format=torch.contiguous_format)
+    _run(table, (c_int32 * len(order))(*order), None, out, pages, starts, context, cos, sin, which, adapters)
+    return out
+
+
+def run_model(
+    table: LayerTable, ends: ModelEnds, tokens: Tensor, wanted: Tensor | None, pages: Pages, starts: Tensor, context: Tensor,
+    cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
+) -> Tensor:  # fmt: skip
+    h = torch.empty((len(tokens), ends.norm.shape[0]), dtype=ends.norm.dtype)
+    wanted = None if wanted is None else wanted.contiguous()
+    answers = len(tokens) if wanted is None else len(wanted)
+    logits = torch.empty((answers, ends.head.weight.outputs), dtype=h.dtype)
+    around = _Ends(
+        tokens.data_ptr(), ends.embedding.data_ptr(), ends.norm.data_ptr(), ends.eps, _product(ends.head), _pointer(wanted),
+        answers, logits.data_ptr(),
+    )  # fmt: skip
+    _run(table, table.every, around, h, pages, starts, context, cos, sin, which, adapters)
+    return logits
+
+
+def _run(
+    table: LayerTable, order: Array[c_int32], ends: _Ends | None, h: Tensor, pages: Pages, starts: Tensor, context: Tensor,
+    cos: Tensor, sin: Tensor, which: Tensor | None, adapters: LayerAdapters | None,
+) -> None:  # fmt: skip
     step = _Step(
         *(x.data_ptr() for x in (pages.table, starts, context, pages.slots, cos, sin)), pages.table.shape[1], context.shape[0],
         _pointer(table.seconds), _pointer(which),
@@ -134,10 +185,9 @@ def run_layers(
         step.factors, step.adapters = addressof(adapters.rows), adapters.count
         step.share_low_rank = cast(kernels(h).share_low_rank, c_void_p)
     kernels(h).run_layers(
-        table.rows, count, (c_int32 * len(order))(*order), len(order), *table.places(pages),
-        byref(step), out.data_ptr(), *h.shape, torch.get_num_threads(),
+        table.rows, len(table.weights), order, len(order), *table.places(pages), byref(step),
+        None if ends is None else byref(ends), h.data_ptr(), *h.shape, torch.get_num_threads(),
     )  # fmt: skip
-    return out
 
 
 def _layer(weights: LayerWeights) -> _Layer:

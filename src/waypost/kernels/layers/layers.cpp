@@ -56,7 +56,18 @@ struct Step {
 };
 constexpr long kMostPages = 1 << 20;  // bytes of cached keys and values that a thread asks for before it needs them
 constexpr int kSites = 7;  // q, k, v, out, gate, up, down
-enum Kind { kNorms, kProducts, kAttention };
+enum Kind { kNorms, kProducts, kAttention, kHead };
+// What is around the layers, where a call runs from tokens to logits.
+struct Ends {
+  const int64_t *tokens;  // (rows,)
+  const void *embedding;  // (vocabulary, hidden)
+  const void *norm;
+  double eps;
+  Product head;
+  const int64_t *wanted;  // (answers,): rows whose logits are asked for; null: every row's
+  long answers;
+  void *logits;  // (answers, vocabulary)
+};
 
 // Seconds by kind of work as a region's first thread sees them, its waiting for the others included.
 class Clock {
@@ -112,9 +123,14 @@ template <class T> class Pass {
   Pass(const Pass &) = delete;
 
   // By every thread of a parallel region.
-  void run(const Layer *layers, const int32_t *order, int count, void *const *k_pages, void *const *v_pages) {
+  void run(const Layer *layers, const int32_t *order, int count, void *const *k_pages, void *const *v_pages, const Ends *ends) {
     Clock clock(step_.seconds);
     const Product *before = nullptr;
+    if (ends) {
+#pragma omp for schedule(static)
+      for (long t = 0; t < rows_; ++t)
+        std::memcpy(h_ + t * hidden_, (const T *)ends->embedding + ends->tokens[t] * hidden_, hidden_ * sizeof(T));
+    }
     Placing place{this, nullptr, nullptr, nullptr, std::vector<T>(2 * widest_)};
     const Before before_heads{[](const void *self, long t, int g) { ((Placing *)self)->row(t, g); }, &place};
     Upcoming also;
@@ -132,8 +148,8 @@ template <class T> class Pass {
       add_and_norm(before, (const T *)layer.attention_norm, layer.eps);
       clock.took(kNorms);
       also.clear();
-      expect(layer.out, also);
-      multiply(layer.qkv, normed_, qkv_, also);
+      expect(layer.out, rows_, also);
+      multiply(layer.qkv, rows_, normed_, qkv_, also);
       const long D = layer.width;
       adapt(at, 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
       clock.took(kProducts);
@@ -141,14 +157,14 @@ template <class T> class Pass {
       share_attention<T>(call, items, &before_heads);
       clock.took(kAttention);
       also.clear();
-      expect(layer.gate_up, also);
-      multiply(layer.out, mixed_, part_, also);
+      expect(layer.gate_up, rows_, also);
+      multiply(layer.out, rows_, mixed_, part_, also);
       adapt(at, 3, {hidden_}, layer.out, mixed_, part_);
       clock.took(kProducts);
       add_and_norm(&layer.out, (const T *)layer.ffn_norm, layer.eps);
       clock.took(kNorms);
       also.clear();
-      expect(layer.down, also);
+      expect(layer.down, rows_, also);
       if (i + 1 < count) {
         const Paged<T> pages = attention(order[i + 1]);
         if (pages.single()) add_pages(pages, *items_of(pages.shape.share()), kMostPages, also);
@@ -156,14 +172,22 @@ template <class T> class Pass {
       multiply_and_gate(at, layer.gate_up, also);
       clock.took(kProducts);
       also.clear();
-      if (i + 1 < count) expect(layers[order[i + 1]].qkv, also);
-      multiply(layer.down, gated_, part_, also);
+      if (i + 1 < count) expect(layers[order[i + 1]].qkv, rows_, also);
+      else if (ends) expect(ends->head, ends->answers, also);
+      multiply(layer.down, rows_, gated_, part_, also);
       adapt(at, 6, {hidden_}, layer.down, gated_, part_);
       clock.took(kProducts);
       before = &layer.down;
     }
     add_and_norm(before, nullptr, 0);
     clock.took(kNorms);
+    if (!ends) return;
+#pragma omp for schedule(static)
+    for (long i = 0; i < ends->answers; ++i)
+      norm_row(h_ + (ends->wanted ? ends->wanted[i] : i) * hidden_, (const T *)ends->norm, (int)hidden_, ends->eps, normed_ + i * hidden_);
+    also.clear();
+    multiply(ends->head, ends->answers, normed_, (T *)ends->logits, also);
+    clock.took(kHead);
   }
 
  private:
@@ -175,10 +199,10 @@ template <class T> class Pass {
     return nullptr;
   }
 
-  void multiply(const Product &p, const T *x, T *out, Upcoming &also) {
+  void multiply(const Product &p, long rows, const T *x, T *out, Upcoming &also) {
     if constexpr (std::is_same_v<T, bf16>)
-      if (p.bits < 16) return p.share(p.bits, x, rows_, p.pairs, p.panels, p.scales, p.group_pairs, p.outputs, out);
-    share_linear(x, rows_, p.pairs, (const Pair *)p.panels, p.outputs, out, also);
+      if (p.bits < 16) return p.share(p.bits, x, rows, p.pairs, p.panels, p.scales, p.group_pairs, p.outputs, out);
+    share_linear(x, rows, p.pairs, (const Pair *)p.panels, p.outputs, out, also);
   }
 
   // Both products of the feed-forward's first half, and their gate.
@@ -186,14 +210,14 @@ template <class T> class Pass {
     const long width = p.outputs / 2;
     if (p.bits == 16 && !step_.which && can_gate(width))
       return share_gated(normed_, rows_, p.pairs, (const Pair *)p.panels, width, (const T *)p.bias, gated_, also);
-    multiply(p, normed_, wide_, also);
+    multiply(p, rows_, normed_, wide_, also);
     adapt(at, 4, {width, width}, p, normed_, wide_);
     gate(p);
   }
 
   // What a product reads first joins what is upcoming.
-  void expect(const Product &p, Upcoming &later) const {
-    if (p.bits == 16) add_first(rows_, p.pairs, (const Pair *)p.panels, p.outputs, later);
+  void expect(const Product &p, long rows, Upcoming &later) const {
+    if (p.bits == 16) add_first(rows, p.pairs, (const Pair *)p.panels, p.outputs, later);
   }
 
   // A row with an adapter has its biases as soon as it has a product, for what the adapter adds comes after them.
@@ -277,10 +301,11 @@ template <class T> class Pass {
 using namespace waypost;
 
 // Runs the layers that `order` (count,) names over h (rows, hidden), in place; weights in bfloat16 or fewer bits. k_pages and
-// v_pages have one pointer for each of the layer_count layers.
+// v_pages have one pointer for each of the layer_count layers. With `ends`, h is where the hidden states go, and is read by nobody.
 extern "C" void EXPORT(run_layers)(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
-                                   void *const *v_pages, const Step *step, Element *h, long rows, long hidden, int threads) {
+                                   void *const *v_pages, const Step *step, const Ends *ends, Element *h, long rows, long hidden,
+                                   int threads) {
   Pass<Element> pass(layers, layer_count, *step, h, rows, hidden);
 #pragma omp parallel num_threads(threads)
-  pass.run(layers, order, count, k_pages, v_pages);
+  pass.run(layers, order, count, k_pages, v_pages, ends);
 }

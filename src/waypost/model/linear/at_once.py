@@ -18,16 +18,16 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from waypost.kernels.layers.cpu import LayerAdapters, LayerTable, LayerWeights, Product
+from waypost.kernels.layers.cpu import LayerAdapters, LayerTable, LayerWeights, ModelEnds, Product
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.quantized import QuantizedPanels
-from waypost.kernels.ops import RunLayersOp
+from waypost.kernels.ops import Pages, RunLayersOp, RunModelOp
+from waypost.kernels.vocabulary import WHOLE
 from waypost.model.decoder import Decoder, Layer
 from waypost.model.linear.dense import Linear
 from waypost.model.linear.fused import FusedAttention, FusedFfn
 from waypost.model.norm.rms import RmsNorm
 from waypost.model.rows import RowAdapters, Rows
-
 
 _VERSION = attrgetter(
     "_version"
@@ -36,16 +36,17 @@ _VERSION = attrgetter(
 
 def attach(model: Decoder) -> Decoder:
     """Lets `model`, which is fused and packed, run its layers at once where that is possible; in place. Done last."""
-    if model.ops.run_layers is not None and _weights(model) is not None:
-        model.at_once = LayersAtOnce(model, model.ops.run_layers)
+    if model.ops.run_layers is not None and model.ops.run_model is not None and _weights(model) is not None:
+        model.at_once = LayersAtOnce(model, model.ops.run_layers, model.ops.run_model)
     return model
 
 
 class LayersAtOnce:
     """The layers of `model` as one call, following its parameters when they change in place."""
 
-    def __init__(self, model: Decoder, run_layers: RunLayersOp) -> None:
-        self._model, self._run = (model,), run_layers  # a tuple: a module would be registered nowhere, but be walked
+    def __init__(self, model: Decoder, run_layers: RunLayersOp, run_model: RunModelOp) -> None:
+        self._model = (model,)  # a tuple: a module would be registered nowhere, but be walked
+        self._run, self._run_model = run_layers, run_model
         self._parameters = list(model.model.layers.parameters())
         self._seconds: Tensor | None = None
         self._sites = [site for layer in model.model.layers for site in _sites(layer)]
@@ -53,16 +54,31 @@ class LayersAtOnce:
         self._refresh()
 
     def __call__(self, h: Tensor, layers: Sequence[int], rows: Rows) -> Tensor | None:  # (T, C) -> (T, C)
+        pages = self._pages(rows)
+        return None if pages is None else self._run(self._table, layers, h, pages, *self._where(rows))
+
+    def logits(self, rows: Rows, wanted: Tensor | None = None) -> Tensor | None:  # wanted (n,) -> (n, V)
+        """From the embedding to the head in the same call; None where one of the two is something else."""
+        ends = _ends(self._model[0])
+        pages = None if ends is None else self._pages(rows)
+        if ends is None or pages is None:
+            return None
+        return self._run_model(self._table, ends, rows.batch.tokens, wanted, pages, *self._where(rows))
+
+    def _pages(self, rows: Rows) -> Pages | None:
+        """Where keys and values go, the table of weights brought up to date; None: the pass is not for this."""
         pages = rows.kv.pages
-        if pages is None or torch.is_grad_enabled() or not len(h):
+        if pages is None or torch.is_grad_enabled() or not rows.batch.num_tokens:
             return None
         if self._versions != list(map(_VERSION, self._parameters)):
             self._refresh()
+        return pages
+
+    def _where(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, LayerAdapters | None]:
         cos, sin = rows.angles(self._model[0].config.rope, self._table.weights[0].width)
-        where = (h, pages, rows.batch.starts, rows.batch.context, cos, sin)
-        if rows.adapters is None:
-            return self._run(self._table, layers, *where)
-        return self._run(self._table, layers, *where, rows.adapters.which, self._adapted(rows.adapters))
+        adapters = rows.adapters
+        which, adapted = (None, None) if adapters is None else (adapters.which, self._adapted(adapters))
+        return rows.batch.starts, rows.batch.context, cos, sin, which, adapted
 
     def time_into(self, seconds: Tensor | None) -> None:
         """From now on each pass adds to `seconds` (len(KINDS),) float64 what its kinds of work took (kernels/layers/cpu.py)."""
@@ -94,6 +110,20 @@ def _weights(model: Decoder) -> list[LayerWeights] | None:
             return None
         found.append(weights)
     return found
+
+
+def _ends(model: Decoder) -> ModelEnds | None:
+    """Embedding, last norm and head as the kernel takes them; None where one of them is something else, or elsewhere."""
+    linear, embedding, norm = model.ops.linear, model.model.embed_tokens.weight, model.model.norm
+    if type(norm) is not RmsNorm or model.ops.vocabulary is not WHOLE or model.model.embed_projection is not None:
+        return None
+    head = linear.product(model.output_weight) if isinstance(linear, PackedLinear) else None
+    if head is None or embedding.is_meta or embedding.dtype != model.dtype or not embedding.is_contiguous():
+        return None
+    few = isinstance(head, QuantizedPanels)
+    if head.inputs % 2 or (few and model.dtype != torch.bfloat16):
+        return None
+    return ModelEnds(embedding.detach(), norm.weight.detach(), norm.eps, Product(head, None))
 
 
 def _layer(layer: Layer, linear: PackedLinear, dtype: torch.dtype) -> LayerWeights | None:
