@@ -17,6 +17,7 @@
 namespace waypost {
 
 constexpr int kLanes = 16;
+#define ALONE __attribute__((noinline))  // inlined into several callers, a loop is compiled for each, and may lose its registers
 
 template <class A> struct VecOf { typedef A type __attribute__((vector_size(kLanes * sizeof(A)))); };
 template <class A> using Vec = typename VecOf<A>::type;
@@ -85,7 +86,7 @@ template <class T> inline void store_some(T *p, Vec<Wide<T>> v, int n) {
 }
 
 // to = from + with, `width` elements, rounded.
-template <class T> inline void add_row(const T *from, const T *with, long width, T *to) {
+template <class T> ALONE void add_row(const T *from, const T *with, long width, T *to) {
   for (long k = 0; k < width; k += kLanes) {
     const int n = (int)(width - k < kLanes ? width - k : kLanes);
     store_some(to + k, load_some(from + k, n) + load_some(with + k, n), n);

@@ -13,8 +13,6 @@
 namespace waypost {
 namespace {
 
-#define ALONE __attribute__((noinline))  // inside of a caller's loops the sums would not stay in registers
-
 // The d-th unit of a row.
 template <class T> inline Unit<T> unit_at(const T *row, int d) {
   Unit<T> unit;

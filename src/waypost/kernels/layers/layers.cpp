@@ -199,7 +199,7 @@ template <class T> class Pass {
     return nullptr;
   }
 
-  void multiply(const Product &p, long rows, const T *x, T *out, Upcoming &also) {
+  ALONE void multiply(const Product &p, long rows, const T *x, T *out, Upcoming &also) {
     if constexpr (std::is_same_v<T, bf16>)
       if (p.bits < 16) return p.share(p.bits, x, rows, p.pairs, p.panels, p.scales, p.group_pairs, p.outputs, out);
     share_linear(x, rows, p.pairs, (const Pair *)p.panels, p.outputs, out, also);
@@ -224,7 +224,7 @@ template <class T> class Pass {
   bool adapted(long t) const { return step_.which && step_.which[t] >= 0; }
 
   // What the rows' adapters add to a product, whose outputs are `widths` side by side: projections `site` and after.
-  void adapt(int layer, int site, std::initializer_list<long> widths, const Product &p, const T *x, T *y) {
+  ALONE void adapt(int layer, int site, std::initializer_list<long> widths, const Product &p, const T *x, T *y) {
     if (!step_.which) return;
     if (p.bias) {
 #pragma omp for schedule(static)
@@ -237,7 +237,7 @@ template <class T> class Pass {
   }
 
   // Takes what `before` gave into the residual stream; null: nothing came before. A null weight leaves out the norm.
-  void add_and_norm(const Product *before, const T *weight, double eps) {
+  ALONE void add_and_norm(const Product *before, const T *weight, double eps) {
 #pragma omp for schedule(static)
     for (long t = 0; t < rows_; ++t) {
       T *h = h_ + t * hidden_, *part = part_ + t * hidden_;
@@ -255,7 +255,7 @@ template <class T> class Pass {
     T *k_pages, *v_pages;
     std::vector<T> memory;
 
-    void row(long t, int g) {
+    ALONE void row(long t, int g) {
       const int H = layer->heads, G = layer->groups, D = layer->width, R = H / G;
       const Step &step = pass->step_;
       T *turned = memory.data() + D;
@@ -282,7 +282,7 @@ template <class T> class Pass {
     }
   };
 
-  void gate(const Product &p) {
+  ALONE void gate(const Product &p) {
     constexpr long piece = 512;  // so that the threads share a single row too
     const long width = p.outputs / 2, pieces = (width + piece - 1) / piece;
 #pragma omp for schedule(static)

@@ -6,7 +6,7 @@
 namespace waypost {
 
 // out = x * s * weight over `width` elements, s = 1 / sqrt(mean(x^2) + eps), which is returned. out may be x.
-template <class T> inline Wide<T> norm_row(const T *x, const T *weight, int width, double eps, T *out) {
+template <class T> ALONE Wide<T> norm_row(const T *x, const T *weight, int width, double eps, T *out) {
   typedef Wide<T> A;
   Vec<A> square = splat(A(0));
   for (int k = 0; k < width; k += kLanes) {

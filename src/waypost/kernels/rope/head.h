@@ -6,7 +6,7 @@
 namespace waypost {
 
 // cosine, sine (width / 2,); `sign` is 1 forward and -1 for the gradient (the inverse rotation). `to` is not `from`.
-template <class T> inline void rotate_head(const T *from, const float *cosine, const float *sine, int width, float sign, T *to) {
+template <class T> ALONE void rotate_head(const T *from, const float *cosine, const float *sine, int width, float sign, T *to) {
   typedef Wide<T> A;
   const int half = width / 2;
   for (int d = 0; d < half; d += kLanes) {
