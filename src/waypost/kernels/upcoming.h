@@ -1,7 +1,6 @@
 // Memory that a thread will read soon, asked for a little at a time while it computes something else.
 #pragma once
 
-#include <algorithm>
 #include <vector>
 
 namespace waypost {

@@ -72,7 +72,7 @@ class Peaks:
     """What the machine gave beside the step, a second."""
 
     flops: float
-    """Of a product in bfloat16."""
+    """Of a product in bfloat16: PyTorch's or our own, whichever was faster."""
     read_bytes: float
     """Read from memory."""
 
@@ -118,7 +118,7 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
             if turn:
                 steps += found
                 draws.append(_draw_s(engine, work))
-                flops.append(matmul_flops(torch.bfloat16))
+                flops += [matmul_flops(torch.bfloat16), _product_flops()]
                 read.append(read_bandwidth())
     finally:
         once.time_into(None)
@@ -145,6 +145,18 @@ def _steps(engine: Engine, work: Work, seconds: Tensor, turn: int) -> list[list[
         engine.step()
         found.append([time.perf_counter() - began, *seconds.tolist()])
     return found[1:-1] if work.streams else found
+
+
+def _product_flops() -> float:
+    """Operations a second of our own product where it has least to wait for: 256 rows, weights that stay in the cache."""
+    import torch
+
+    from waypost.kernels.linear.cpu import pack
+    from waypost.measure.machine import best_seconds
+
+    inputs, outputs, rows = 1536, 192, 256
+    x, packed = torch.ones(rows, inputs, dtype=torch.bfloat16), pack(torch.ones(outputs, inputs, dtype=torch.bfloat16))
+    return 2.0 * rows * inputs * outputs / best_seconds(lambda: packed(x), repeats=20)
 
 
 def _draw_s(engine: Engine, work: Work) -> float:

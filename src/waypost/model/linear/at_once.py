@@ -29,9 +29,8 @@ from waypost.model.linear.fused import FusedAttention, FusedFfn
 from waypost.model.norm.rms import RmsNorm
 from waypost.model.rows import RowAdapters, Rows
 
-_VERSION = attrgetter(
-    "_version"
-)  # with map, a third of the time of a comprehension: it is asked of every parameter, every step
+# Asked of every parameter in every step; with map it takes a third of a comprehension's time.
+_VERSION = attrgetter("_version")
 
 
 def attach(model: Decoder) -> Decoder:
