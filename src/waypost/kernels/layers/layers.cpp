@@ -208,7 +208,7 @@ template <class T> class Pass {
   // Both products of the feed-forward's first half, and their gate.
   void multiply_and_gate(int at, const Product &p, Upcoming &also) {
     const long width = p.outputs / 2;
-    if (p.bits == 16 && !step_.which && can_gate(width))
+    if (p.bits == 16 && !step_.which && gates_on_the_way(rows_, width))
       return share_gated(normed_, rows_, p.pairs, (const Pair *)p.panels, width, (const T *)p.bias, gated_, also);
     multiply(p, rows_, normed_, wide_, also);
     adapt(at, 4, {width, width}, p, normed_, wide_);

@@ -76,7 +76,7 @@ template <class X> void share_linear(const X *x, long rows, long pairs, const Pa
 }
 template void share_linear(const Element *, long, long, const Pair *, long, Element *, Upcoming &);
 
-bool can_gate(long width) { return width % kPanel == 0; }
+bool gates_on_the_way(long rows, long width) { return rows > kTileRows && width % kPanel == 0; }
 
 template <class X>
 void share_gated(const X *x, long rows, long pairs, const Pair *panels, long width, const X *bias, X *out, Upcoming &also) {

@@ -13,7 +13,8 @@ template <class X> void share_linear(const X *x, long rows, long pairs, const Pa
 // silu(x G^T) * (x U^T) over panels of G and, behind them, of U; each has `width` outputs, a whole number of panels. What a
 // thread makes of both it gates while that is in its cache. bias (2 width,) or null.
 template <class X> void share_gated(const X *x, long rows, long pairs, const Pair *panels, long width, const X *bias, X *out, Upcoming &also);
-bool can_gate(long width);
+// Whether that pays and is possible: weights that one tile uses stream best as they lie, and a panel must not hold both.
+bool gates_on_the_way(long rows, long width);
 
 // Adds to `later` the weights with which this thread would begin share_linear.
 void add_first(long rows, long pairs, const Pair *panels, long outputs, Upcoming &later);

@@ -111,7 +111,7 @@ inline void tiles(const X *x, long rows, long pairs, const Pair *panel, X *out, 
     with_rows(std::min<long>(kTileRows, rows - i * kTileRows), [&](auto rows_here) {
       const long t = i * kTileRows;
       tile<decltype(rows_here)::count>(x + t * pairs * 2, pairs, panel, out + t * outputs, outputs, here,
-                                       (const char *)next + i * pairs * own, i < share ? burst : 0, also);
+                                       (const char *)next + i * pairs * own, i < share ? burst : 0, count > 1 ? also : nullptr);
     });
 }
 
@@ -125,8 +125,9 @@ struct Share {
     begin = panels * blocks * me / threads, end = panels * blocks * (me + 1) / threads;
   }
   long first_panel() const { return begin % panels; }
-  // Bursts (tile) of so many rows over all that is this thread's.
+  // Bursts (tile) of so many rows over all that is this thread's. None for a single tile, whose weights keep the memory busy.
   long bursts(long rows, long pairs) const {
+    if (rows <= kTileRows) return 0;
     return (end - begin) * ((std::min(rows, kBlockRows) + kTileRows - 1) / kTileRows) * ((pairs + kBurst - 1) / kBurst);
   }
 };
