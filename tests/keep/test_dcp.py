@@ -1,9 +1,11 @@
 """Folders of torch.distributed.checkpoint, written by it from one rank and from two, and pickles that mean harm."""
 
+import io
 import os
 import pickle
 import shutil
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ import torch.multiprocessing as mp
 from keep_cases import same
 from test_cli import run
 from test_ranks import free_port
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from waypost.core.errors import CheckpointError, ConfigError
-from waypost.keep.dcp import ALLOWED, DcpFolder
+from waypost.keep.dcp import ALLOWED, DcpFolder, MemoryFormat, _Unpickler
 from waypost.keep.reader import Checkpoint
 from waypost.kernels import select
 from waypost.model import hf
@@ -170,6 +173,29 @@ def test_a_pickle_that_means_harm_is_refused(tmp_path, monkeypatch, protocol):
         with pytest.raises(CheckpointError):
             DcpFolder(tmp_path)
     assert os.listdir(tmp_path) == [".metadata"]
+
+
+class Reaching:
+    """An attribute of a class of the allow-list that is no member of an enumeration."""
+
+    def __init__(self, of, name):
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_only_members_of_the_enumeration_are_reached(protocol):
+    """Python 3.11.2 pickles a member as getattr(class, name), later ones as class(value); a checkpoint has either."""
+    for name in ("TORCH_CONTIGUOUS_FORMAT", "TORCH_PRESERVE_FORMAT"):
+        member = _Unpickler(io.BytesIO(pickle.dumps(Reaching(_MEM_FORMAT_ENCODING, name), 4))).load()
+        assert type(member) is MemoryFormat
+    for of in (OrderedDict, torch.Size, dict, os):
+        name = "system" if of is os else "fromkeys"
+        harm = Reaching(of, name) if of is not os else os.system
+        with pytest.raises(CheckpointError, match="refused"):
+            _Unpickler(io.BytesIO(pickle.dumps(harm, protocol))).load()
 
 
 def test_what_is_allowed_is_inert():

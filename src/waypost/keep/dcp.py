@@ -57,6 +57,17 @@ def _sizes(values: Any = ()) -> tuple[int, ...]:
     return tuple(int(n) for n in values)
 
 
+class MemoryFormat(_Record):
+    """How torch names an order of elements; nothing here depends on it."""
+
+
+def _member(of: Any, name: Any) -> MemoryFormat:
+    """`getattr` as Pythons up to 3.11.3 pickle the member of an enumeration, of the one that occurs; of nothing else."""
+    if of is not MemoryFormat or not isinstance(name, str):
+        raise CheckpointError("it names builtins.getattr of what is no memory format, which may run a program; refused")
+    return MemoryFormat(name)
+
+
 class Metadata(_Record):
     """The root record: what is stored, and in which file each part lies."""
 
@@ -93,7 +104,8 @@ ALLOWED: Mapping[tuple[str, str], Any] = {
     (_META, "MetadataIndex"): Index,
     (_META, "TensorProperties"): Properties,
     (_META, "StorageMeta"): _Record,
-    (_META, "_MEM_FORMAT_ENCODING"): _Record,
+    (_META, "_MEM_FORMAT_ENCODING"): MemoryFormat,
+    ("builtins", "getattr"): _member,
     (_FILES, "_StorageInfo"): StorageInfo,
     ("torch", "Size"): _sizes,
     ("torch.serialization", "_get_layout"): _text,
