@@ -17,7 +17,7 @@ from test_ranks import free_port
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from waypost.core.errors import CheckpointError, ConfigError
-from waypost.keep.dcp import ALLOWED, DcpFolder, MemoryFormat, _Unpickler
+from waypost.keep.dcp import ALLOWED, DcpFolder, _Record, _Unpickler
 from waypost.keep.reader import Checkpoint
 from waypost.kernels import select
 from waypost.model import hf
@@ -190,7 +190,7 @@ def test_only_members_of_the_enumeration_are_reached(protocol):
     """Python 3.11.2 pickles a member as getattr(class, name), later ones as class(value); a checkpoint has either."""
     for name in ("TORCH_CONTIGUOUS_FORMAT", "TORCH_PRESERVE_FORMAT"):
         member = _Unpickler(io.BytesIO(pickle.dumps(Reaching(_MEM_FORMAT_ENCODING, name), 4))).load()
-        assert type(member) is MemoryFormat
+        assert type(member) is _Record
     for of in (OrderedDict, torch.Size, dict, os):
         name = "system" if of is os else "fromkeys"
         harm = Reaching(of, name) if of is not os else os.system

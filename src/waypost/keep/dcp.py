@@ -57,15 +57,11 @@ def _sizes(values: Any = ()) -> tuple[int, ...]:
     return tuple(int(n) for n in values)
 
 
-class MemoryFormat(_Record):
-    """How torch names an order of elements; nothing here depends on it."""
-
-
-def _member(of: Any, name: Any) -> MemoryFormat:
-    """`getattr` as Pythons up to 3.11.3 pickle the member of an enumeration, of the one that occurs; of nothing else."""
-    if of is not MemoryFormat or not isinstance(name, str):
+def _member(of: Any, name: Any) -> _Record:
+    """`getattr` as Pythons up to 3.11.3 pickle the member of an enumeration; of what is no record of the list, refused."""
+    if not (isinstance(of, type) and issubclass(of, _Record)):
         raise CheckpointError("it names builtins.getattr of what is no memory format, which may run a program; refused")
-    return MemoryFormat(name)
+    return _Record(name)
 
 
 class Metadata(_Record):
@@ -84,10 +80,6 @@ class Chunk(_Record):
     """A box of a tensor: where it begins and how far it goes, in elements a dimension."""
 
 
-class Index(_Record):
-    """Which part a file holds: the name, and for a tensor where its box begins."""
-
-
 class Properties(_Record):
     """The dtype, and what else torch notes of a tensor."""
 
@@ -101,17 +93,16 @@ ALLOWED: Mapping[tuple[str, str], Any] = {
     (_META, "TensorStorageMetadata"): TensorStorage,
     (_META, "BytesStorageMetadata"): BytesStorage,
     (_META, "ChunkStorageMetadata"): Chunk,
-    (_META, "MetadataIndex"): Index,
+    (_META, "MetadataIndex"): _Record,
     (_META, "TensorProperties"): Properties,
     (_META, "StorageMeta"): _Record,
-    (_META, "_MEM_FORMAT_ENCODING"): MemoryFormat,
+    (_META, "_MEM_FORMAT_ENCODING"): _Record,
     ("builtins", "getattr"): _member,
     (_FILES, "_StorageInfo"): StorageInfo,
     ("torch", "Size"): _sizes,
     ("torch.serialization", "_get_layout"): _text,
     ("collections", "OrderedDict"): dict,
-    **{("pathlib", name): _text for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")},
-    **{("pathlib._local", name): _text for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")},
+    **{(f"pathlib{m}", name): _text for m in ("", "._local") for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")},
     **{("torch", theirs): spelling for spelling, (theirs, _) in format.DTYPES.items()},
 }
 """(module, name) -> what stands for it here. Nothing else may be named by a .metadata file."""
