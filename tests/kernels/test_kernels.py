@@ -57,6 +57,18 @@ def test_rope(dtype: torch.dtype, width: int) -> None:
     check_twins(dtype, "rope", [draw(7, 3, width)], angle.cos(), angle.sin())
 
 
+def test_results_are_rounded_to_bfloat16_as_pytorch_rounds_them() -> None:
+    """Every bfloat16 there is times a number, denormals and infinities among them and beside others in one vector."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    every = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))].view(-1, 32)
+    factor = torch.full(every.shape, 0.7353)
+    x = torch.cat([every, torch.zeros_like(every)], dim=1)[:, None]
+    got = select(kernel="cpu").rope(x, factor, torch.zeros_like(factor))[:, 0, :32]
+    want = (every.float() * factor).bfloat16()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(0.0).view(torch.int16), want.nan_to_num(0.0).view(torch.int16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 40, 64])
 def test_swiglu(dtype: torch.dtype, width: int) -> None:

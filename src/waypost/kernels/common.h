@@ -42,15 +42,25 @@ inline Vec<double> load(const double *p) { Vec<double> v; std::memcpy(&v, p, siz
 inline Vec<float> load(const bf16 *p) {
   VecH h;
   std::memcpy(&h, p, sizeof h);
-  VecU u = __builtin_convertvector(h, VecU) << 16;
-  Vec<float> v;
-  std::memcpy(&v, &u, sizeof v);
-  return v;
+#if defined(__AVX512F__)  // in one step: the compiler would go by halves
+  return (Vec<float>)((VecU)_mm512_cvtepu16_epi32((__m256i)h) << 16);
+#else
+  return (Vec<float>)(__builtin_convertvector(h, VecU) << 16);
+#endif
 }
 
 inline void store(float *p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double *p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16 *p, Vec<float> v) {  // round to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+  // The processor's own conversion does the same but for NaN, whose payload it keeps, and denormals, which it takes for zero.
+  constexpr int nan_or_denormal = 0x01 | 0x80 | 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, nan_or_denormal) == 0, 1)) {
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &h, sizeof h);
+    return;
+  }
+#endif
   VecU u;
   std::memcpy(&u, &v, sizeof u);
   VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
