@@ -18,6 +18,7 @@ from waypost.kernels import select
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.quantized import QuantizedWeight
 from waypost.kernels.linear.rows import differing_count, trial_input
+from waypost.kernels.ops import Kernel
 from waypost.model import hf
 from waypost.model.decoder import Decoder
 from waypost.model.linear.fused import FusedAttention, FusedFfn
@@ -65,11 +66,14 @@ def test_an_engine_made_from_a_folder(tmp_path: Path) -> None:
     assert half.kv.k_pages[0].dtype == torch.bfloat16
 
 
-def test_fast_numerics_serve_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fast_numerics_serve_too(kernel: Kernel, tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "model")
     prompt = [prompt_of(20)]
-    exact = Engine(path, num_pages=8).generate(prompt, SAMPLING)[0]
-    fast = Engine(path, num_pages=8, numerics="fast").generate(prompt, SAMPLING)[0]
+    exact = Engine(path, num_pages=8, kernel=kernel).generate(prompt, SAMPLING)[0]
+    engine = Engine(path, num_pages=8, numerics="fast", kernel=kernel)
+    assert engine.model.ops.name == "fast"
+    fast = engine.generate(prompt, SAMPLING)[0]
     assert fast.choices[0].logprobs[0] == pytest.approx(exact.choices[0].logprobs[0], abs=1e-4)  # float32, other orders
 
 

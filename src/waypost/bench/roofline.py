@@ -49,7 +49,7 @@ def prefill(model: str, tokens: int, machine: Machine) -> Roofline:
     """Of a prompt of `tokens` tokens. The head runs for its last row alone."""
     from waypost.measure.flops import forward_flops
 
-    config = _config(model)
+    config = config_of(model)
     head = 2.0 * config.hidden_size * config.vocab_size
     flops = tokens * (forward_flops(config, tokens) - head) + head
     return roofline(tokens, flops, weight_bytes(model), machine)
@@ -60,7 +60,7 @@ def decode(model: str, streams: int, context_tokens: int, machine: Machine) -> R
     from waypost.measure.flops import decode_flops
     from waypost.model.mixer import Attention
 
-    config = _config(model)
+    config = config_of(model)
     mixers = [layer.mixer for layer in config.layers]
     cached = sum(  # K and V in bfloat16
         4 * m.num_key_value_heads * m.head_dim * min(context_tokens, m.window or context_tokens)
@@ -80,7 +80,8 @@ def weight_bytes(model: str) -> float:
     return float(sum(found.tensor(name).nbytes for name in found.names if name not in left_out))
 
 
-def _config(model: str) -> ModelConfig:
+def config_of(model: str) -> ModelConfig:
+    """What the folder `model` says of itself, without its weights."""
     from waypost.keep.reader import Checkpoint
     from waypost.model.hf import config_from_hf
 

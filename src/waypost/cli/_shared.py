@@ -49,7 +49,7 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[DtypeName | None, typer.Option(help="What to compute in.", show_default="as the checkpoint is stored")]
 Numerics = Annotated[
     Literal["exact", "fast"],
-    typer.Option(help="exact: a token's bits do not depend on what runs beside it. fast: PyTorch's fused attention."),
+    typer.Option(help="exact: a token's bits do not depend on what runs beside it. fast: the fastest operators, no promise."),
 ]
 Kernel = Annotated[
     Literal["auto", "naive", "cpu"],

@@ -195,3 +195,8 @@ class Ops:
     run_layers: RunLayersOp | None = None
     run_model: RunModelOp | None = None
     """None: layers are run an operator at a time."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether these are the compiled operators of a CPU, for which weights are packed."""
+        return self.run_model is not None

@@ -84,7 +84,7 @@ def load(
 
 def _check_dtype(model: Decoder, folder: Path) -> None:
     """ConfigError for a dtype that the model's operators do not compute in, before any request meets it."""
-    if model.ops.name == "cpu" and model.dtype not in WIDE:
+    if model.ops.compiled and model.dtype not in WIDE:
         name = str(model.dtype).removeprefix("torch.")
         raise ConfigError(
             f"{folder}: {name} is not computed by the compiled kernels; choose bfloat16 or float32 as its dtype, or the plain "
@@ -138,7 +138,7 @@ def available_bytes() -> int:
 def prepare_for_serving(model: Decoder) -> Decoder:
     """Fuses projections of one input and, on the compiled kernels, packs the weights and runs all layers in one call where
     that is possible; in place. The bits stay."""
-    if model.ops.name != "cpu":
+    if not model.ops.compiled:
         return fuse(model)
     given = model.ops.linear
     packed = given if isinstance(given, PackedLinear) else PackedLinear(given)

@@ -57,7 +57,7 @@ def put(model: Decoder, name: str, weight: QuantizedWeight, scheme: Scheme) -> N
         module.weight = nn.Parameter(weight.dense().to(model.dtype), requires_grad=False)
         return
     multiply: Callable[[Tensor], Tensor]
-    if model.ops.name == "cpu":
+    if model.ops.compiled:
         multiply = int8.Int8Panels(weight, scheme.rows.threshold)
     else:
         multiply = functools.partial(int8.product, weight=weight, threshold=scheme.rows.threshold)

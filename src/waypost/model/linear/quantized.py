@@ -132,7 +132,7 @@ def load(
 
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
     ops = ops if ops is not None else select()
-    if not is_quantized(checkpoint.config) or not packed or ops.name != "cpu" or dtype not in (None, torch.bfloat16):
+    if not is_quantized(checkpoint.config) or not packed or not ops.compiled or dtype not in (None, torch.bfloat16):
         return hf.load(checkpoint, dtype, ops, mapped=True, verify=verify)
     if verify:
         checkpoint.verify_weights()

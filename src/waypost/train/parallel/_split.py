@@ -47,7 +47,15 @@ def split_ops(ops: Ops, group: Any) -> Ops:
 
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     vocabulary = SplitVocabulary(group, rank, size)
-    return replace(ops, name=f"{ops.name}+tensor{size}", linear=linear, rms_norm=rms_norm, vocabulary=vocabulary)
+    return replace(
+        ops,
+        name=f"{ops.name}+tensor{size}",
+        linear=linear,
+        rms_norm=rms_norm,
+        vocabulary=vocabulary,
+        run_layers=None,
+        run_model=None,
+    )
 
 
 def here(parameter: Tensor | None) -> Tensor | None:
