@@ -93,10 +93,9 @@ def build_batch(spans: Sequence[Span]) -> tuple[Batch, Tensor, Tensor]:
     """-> (batch, table (S, max_pages) int32, slots (T,) int64): where each sequence's pages are, where each row's keys go."""
     context = [s.sequence.num_slots for s in spans]
     counts = [s.num_rows for s in spans]
-    table = np.zeros((len(spans), pages_for(max(c + n for c, n in zip(context, counts)))), dtype=np.int32)
-    for row, (span, cached, count) in enumerate(zip(spans, context, counts)):
-        used = span.sequence.pages[: pages_for(cached + count)]
-        table[row, : len(used)] = used
+    used = [span.sequence.pages[: pages_for(cached + count)] for span, cached, count in zip(spans, context, counts)]
+    most = max(map(len, used))
+    table = np.array([pages + [0] * (most - len(pages)) for pages in used], dtype=np.int32)
     per_row = _single_rows(spans, context) if sum(counts) == len(spans) else _rows(spans, context, counts, table)
     tokens, positions, slots = torch.from_numpy(per_row).unbind()
     starts = np.zeros(len(spans) + 1, dtype=np.int32)

@@ -46,7 +46,7 @@ class LayersAtOnce:
     def __init__(self, model: Decoder, run_layers: RunLayersOp, run_model: RunModelOp) -> None:
         self._model = (model,)  # a tuple: a module would be registered nowhere, but be walked
         self._run, self._run_model = run_layers, run_model
-        self._parameters = list(model.model.layers.parameters())
+        self._parameters = list(model.parameters())
         self._seconds: Tensor | None = None
         self._sites = [site for layer in model.model.layers for site in _sites(layer)]
         self._adapters: tuple[Hashable, LayerAdapters] | None = None
@@ -58,11 +58,10 @@ class LayersAtOnce:
 
     def logits(self, rows: Rows, wanted: Tensor | None = None) -> Tensor | None:  # wanted (n,) -> (n, V)
         """From the embedding to the head in the same call; None where one of the two is something else."""
-        ends = _ends(self._model[0])
-        pages = None if ends is None else self._pages(rows)
-        if ends is None or pages is None:
+        pages = self._pages(rows)
+        if pages is None or self._ends is None:
             return None
-        return self._run_model(self._table, ends, rows.batch.tokens, wanted, pages, *self._where(rows))
+        return self._run_model(self._table, self._ends, rows.batch.tokens, wanted, pages, *self._where(rows))
 
     def _pages(self, rows: Rows) -> Pages | None:
         """Where keys and values go, the table of weights brought up to date; None: the pass is not for this."""
@@ -93,6 +92,7 @@ class LayersAtOnce:
         assert weights is not None, "a model that could run at once can still do so"
         self._table = LayerTable(weights)
         self._table.seconds = self._seconds
+        self._ends = _ends(self._model[0])
         self._versions = list(map(_VERSION, self._parameters))
 
 

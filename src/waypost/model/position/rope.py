@@ -63,7 +63,7 @@ def angles(rope: Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor
     """cos and sin of every position, (T, D / 2) float32. Tables are made a fixed block of positions at a time."""
     blocks = int(positions.max()) // TABLE_ROWS + 1 if positions.numel() else 1
     cos, sin = _table(rope, head_dim, 1 << (blocks - 1).bit_length())
-    return cos[positions], sin[positions]
+    return cos.index_select(0, positions), sin.index_select(0, positions)
 
 
 @functools.lru_cache(maxsize=16)
