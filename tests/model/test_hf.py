@@ -275,6 +275,7 @@ def test_layers_of_no_stock_class_are_written_out_and_load(tmp_path: Path) -> No
         ({"model_type": None}, "model_type=None"),
         ({"hidden_size": 30}, "head_dim"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"num_hidden_layers": 10**30}, "must be at most 10,000"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"vocab_size": "many"}, "vocab_size='many'"),
         ({"intermediate_size": None}, "intermediate_size"),

@@ -93,6 +93,10 @@ def need(tree: Tree, *names: str) -> Any:
     return found
 
 
+MOST_LAYERS = 10_000
+"""More are a slip: each takes memory before the first weight is looked at."""
+
+
 def whole_number(tree: Tree, *names: str) -> int:
     """As `need`, for a count of at least one."""
     value = need(tree, *names)
@@ -104,6 +108,8 @@ def whole_number(tree: Tree, *names: str) -> int:
 def read_layers(family: Family, tree: Tree) -> list[LayerSpec]:
     """The layers that `tree` describes, as the stock class would build them."""
     count = whole_number(tree, "num_hidden_layers")
+    if count > MOST_LAYERS:
+        raise ConfigError(f"config.json: num_hidden_layers={count} must be at most {MOST_LAYERS:,}")
     heads, hidden = whole_number(tree, "num_attention_heads"), whole_number(tree, "hidden_size")
     head_dim = tree.get("head_dim") or family.head_dim
     if head_dim is None and hidden % heads:
