@@ -6,7 +6,7 @@ Shapes: T tokens, S sequences, C hidden_size, V vocab_size, P tokens a page.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -90,31 +90,34 @@ def _hidden(sequence: LiveSequence) -> Tensor:
 
 
 def build_batch(spans: Sequence[Span]) -> tuple[Batch, Tensor, Tensor]:
-    """-> (batch, table (S, max_pages) int32, slots (T,) int64): where each sequence's pages are, where each row's keys go."""
+    """-> (batch, table (S, max_pages) int32, slots (T,) int64): where each sequence's pages are, where each row's keys go.
+
+    Numbers go through as few arrays as they can: after a pass the code that makes one has left the caches.
+    """
     context = [s.sequence.num_slots for s in spans]
     counts = [s.num_rows for s in spans]
-    used = [span.sequence.pages[: pages_for(cached + count)] for span, cached, count in zip(spans, context, counts)]
-    most = max(map(len, used))
-    table = np.array([pages + [0] * (most - len(pages)) for pages in used], dtype=np.int32)
-    per_row = _single_rows(spans, context) if sum(counts) == len(spans) else _rows(spans, context, counts, table)
+    used = [s.sequence.pages[: pages_for(cached + count)] for s, cached, count in zip(spans, context, counts)]
+    count, most = len(spans), max(map(len, used))
+    numbers = [0, *accumulate(counts), *context]
+    for pages in used:
+        numbers += pages
+        numbers += [0] * (most - len(pages))
+    starts, cached, flat = torch.from_numpy(np.array(numbers, dtype=np.int32)).split([count + 1, count, count * most])
+    table = flat.view(count, most)
+    per_row = _single_rows(spans, context) if sum(counts) == count else _rows(spans, context, counts, table.numpy())
     tokens, positions, slots = torch.from_numpy(per_row).unbind()
-    starts = np.zeros(len(spans) + 1, dtype=np.int32)
-    np.cumsum(counts, out=starts[1:])
-    batch = Batch(
-        tokens=tokens, positions=positions, starts=torch.from_numpy(starts),
-        context=torch.from_numpy(np.array(context, dtype=np.int32)),
-    )  # fmt: skip
-    return batch, torch.from_numpy(table), slots
+    return Batch(tokens=tokens, positions=positions, starts=starts, context=cached), table, slots
 
 
 def _single_rows(spans: Sequence[Span], context: Sequence[int]) -> np.ndarray:
-    """(3, T) int64: the token, the position and the slot of every row, where each span has one. Most steps are such; a few
-    numbers a row cost less in plain Python than as arrays, whose code has left the caches since the last step."""
-    rows = []
+    """(3, T) int64: the token, the position and the slot of every row, where each span has one, as in most steps."""
+    tokens, positions, slots = [], [], []
     for span, cached in zip(spans, context):
         s = span.sequence
-        rows.append((s.tokens[s.num_computed], s.num_computed, s.pages[cached // P] * P + cached % P))
-    return np.array(rows, dtype=np.int64).T.copy()
+        tokens.append(s.tokens[s.num_computed])
+        positions.append(s.num_computed)
+        slots.append(s.pages[cached // P] * P + cached % P)
+    return np.array((tokens, positions, slots), dtype=np.int64)
 
 
 def _rows(spans: Sequence[Span], context: Sequence[int], counts: Sequence[int], table: np.ndarray) -> np.ndarray:
