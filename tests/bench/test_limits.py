@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from waypost.bench.limits import profile
 from waypost.bench.limits.page import page
 from waypost.bench.limits.profile import Part, Peaks, Profile, Work, measure
 from waypost.core.errors import ConfigError
 from waypost.measure import machine
 from waypost.measure.flops import decode_flops, forward_flops
 from waypost.serve.engine import Engine
+from waypost.serve.request import Delta
 from waypost.testing.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +50,28 @@ def test_a_step_is_its_parts(checkpoint: Path, work: Work, monkeypatch: pytest.M
     assert all(part.seconds > 0 for part in found.parts[:4])
 
 
+def test_only_steps_of_all_streams_count(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "matmul_flops", lambda dtype: 3e15)
+    monkeypatch.setattr(machine, "read_bandwidth", lambda: 2e9)
+    engine = Engine(str(checkpoint), threads=2, num_pages=64, prefix_cache=False, max_batch_tokens=12)
+    drew: list[int] = []
+    now, step = 0.0, engine.step
+
+    def timed() -> list[Delta]:
+        nonlocal now
+        deltas = step()
+        drew.append(len(deltas))
+        now += 1.0 if drew[-2:] == [3, 3] else 0.25
+        return deltas
+
+    monkeypatch.setattr(engine, "step", timed)
+    monkeypatch.setattr(profile, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(profile, "QUICKEST", 1.0)
+    found = measure(engine, Work("three streams", (), 8, 3), rounds=1)
+    assert {1, 2} <= set(drew), "they begin and end one after the other"
+    assert found.seconds == pytest.approx(1.0)
+
+
 def test_operators_one_by_one_cannot_be_told_apart(checkpoint: Path) -> None:
     engine = Engine(str(checkpoint), threads=2, num_pages=64, kernel="naive")
     with pytest.raises(ConfigError, match="all layers run in one call"):
@@ -55,15 +80,15 @@ def test_operators_one_by_one_cannot_be_told_apart(checkpoint: Path) -> None:
 
 def test_the_page_says_what_a_promise_would_need() -> None:
     parts = [Part("products", 0.020, flops=1e7, moved_bytes=100.0), Part("attention", 0.010, 1e6, 5e3), Part("rest", 0.010)]
-    profile = Profile(Work("16 streams", ("near", "edge", "far", "never"), 64, 16), parts, PEAKS)
-    assert profile.seconds == pytest.approx(0.040)
-    assert profile.least_s == pytest.approx(0.010 + 0.005), "products by operations, attention by bytes"
+    told = Profile(Work("16 streams", ("near", "edge", "far", "never"), 64, 16), parts, PEAKS)
+    assert told.seconds == pytest.approx(0.040)
+    assert told.least_s == pytest.approx(0.010 + 0.005), "products by operations, attention by bytes"
     receipts = {
         name: {"baseline": {"median": median}, "floor": 2.0, "ratio": 1.5, "when": "then", "commit": f"of-{name}",
                "roofline": {"peak_flops": peak}, "machine": {**FACTS, "cpu": cpu}}
         for name, median, peak, cpu in (("near", 400.0, 1e9, "it"), ("edge", 560.0, 1.25e9, "it"), ("far", 800.0, 9e9, "other"))
     }  # fmt: skip
-    text = page([profile], receipts, FACTS)
+    text = page([told], receipts, FACTS)
     assert "## 16 streams: 40.00 ms, 400 tokens/s" in text
     assert "| products | 20.00 | 50% | 0.01 G | 0 GFLOP/s | 0 MB | 0.0 GB/s | 10.00 |" in text
     assert "| rest | 10.00 | 25% |  |  |  |  |  |" in text

@@ -130,7 +130,7 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
 
 
 def _steps(engine: Engine, work: Work, seconds: Tensor, turn: int) -> list[list[float]]:
-    """Seconds of each step, and of the kinds of work in it."""
+    """Seconds of each step, and of the kinds of work in it: of streams, of the steps in which every one of them decodes."""
     from waypost.serve.request import Request
     from waypost.serve.sampling import Sampling
 
@@ -139,12 +139,16 @@ def _steps(engine: Engine, work: Work, seconds: Tensor, turn: int) -> list[list[
     for i in range(work.heads):
         engine.submit(Request([(turn * 7919 + i * 31 + k * 17) % vocab for k in range(work.prompt_tokens)], wish))
     found = []
+    before = 0  # streams that drew a token in the last step
     while not engine.idle:
         seconds.zero_()
         began = time.perf_counter()
-        engine.step()
-        found.append([time.perf_counter() - began, *seconds.tolist()])
-    return found[1:-1] if work.streams else found
+        drew = len(engine.step())
+        taken = [time.perf_counter() - began, *seconds.tolist()]
+        if not work.streams or drew == before == work.streams:  # some begin later than others, and so end later
+            found.append(taken)
+        before = drew
+    return found
 
 
 def _product_flops() -> float:
