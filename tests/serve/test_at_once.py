@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -105,9 +105,14 @@ def check_equal(model: Decoder, spans: list[tuple[int, int]], layers: range, ada
     return ours
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("variant", TAKES_IT)
+def everywhere(test: Callable[..., None]) -> Callable[..., None]:
+    """Every variant that can, in every arithmetic, on one thread and on two."""
+    for name, values in (("variant", TAKES_IT), ("arithmetic", tuple(ARITHMETIC)), ("threads", (1, 2))):
+        test = pytest.mark.parametrize(name, values)(test)
+    return test
+
+
+@everywhere
 def test_any_number_of_rows_has_the_bits_of_one_operator_at_a_time(variant: str, arithmetic: str, threads: int) -> None:
     torch.set_num_threads(threads)
     model = served(variant, ARITHMETIC[arithmetic])
@@ -129,9 +134,7 @@ def test_any_batch_and_any_layers(variant: str, spans: list[tuple[int, int]], cu
     check_equal(model, spans, range(min(cut), min(max(cut), len(model.config.layers))))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("variant", TAKES_IT)
+@everywhere
 def test_adapters_of_rows_are_added_where_they_are_one_operator_at_a_time(variant: str, arithmetic: str, threads: int) -> None:
     torch.set_num_threads(threads)
     model = served(variant, ARITHMETIC[arithmetic])
@@ -145,9 +148,7 @@ def test_adapters_of_rows_are_added_where_they_are_one_operator_at_a_time(varian
     check_equal(model, spans, layers[1:], [2, 1, 0, None, 1])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("variant", TAKES_IT)
+@everywhere
 def test_from_tokens_to_logits_in_one_call_is_embedding_layers_and_head(variant: str, arithmetic: str, threads: int) -> None:
     torch.set_num_threads(threads)
     model = served(variant, ARITHMETIC[arithmetic])
