@@ -6,6 +6,7 @@ import ctypes
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,55 @@ def test_without_compiler_and_library_the_plain_kernels_serve(monkeypatch: pytes
         build._build(tmp_path / "kernels.so", "pass", "float")
     monkeypatch.setattr(build, "prebuilt", lambda: tmp_path / "avx2.so")
     assert build.available(), "a wheel's library needs no compiler"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The groups that were compiled, by a compiler that takes its time and knows no group "bad"."""
+    groups: list[str] = []
+
+    def make(path: Path, group: str, element: str) -> None:
+        time.sleep(0.05)
+        if group == "bad":
+            raise ConfigError("it does not compile")
+        groups.append(group)
+        path.touch()
+
+    monkeypatch.setattr(build, "_build", make)
+    monkeypatch.setattr(build, "_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(build, "_key", lambda: "it")
+    monkeypatch.setattr(build, "prebuilt", lambda: None)
+    monkeypatch.setattr(build, "compiler", lambda: "g++")
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: Path(path).name)
+    return groups
+
+
+def test_what_was_begun_is_waited_for_and_compiled_once(made: list[str]) -> None:
+    build.begin(("pass", "logits"), "bf16")
+    load = build.library.__wrapped__  # which keeps nothing
+    assert [load(group, "bf16") for group in ("pass", "pass", "logits")] == [
+        build._file(group, "bf16").name for group in ("pass", "pass", "logits")
+    ]
+    assert sorted(made) == ["logits", "pass"]
+    build.begin(("pass",), "bf16")
+    load("pass", "bf16")
+    assert sorted(made) == ["logits", "pass"], "it is on this machine already"
+
+
+def test_what_goes_wrong_ahead_is_raised_where_it_is_used(made: list[str]) -> None:
+    build.begin(("bad",), "bf16")
+    with pytest.raises(ConfigError, match="does not compile"):
+        build.library.__wrapped__("bad", "bf16")
+    assert not made
+
+
+def test_a_wheels_library_or_no_compiler_leave_nothing_to_begin(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (("prebuilt", Path("avx2.so")), ("compiler", None)):
+        with monkeypatch.context() as here:
+            here.setattr(build, name, lambda found=found: found)
+            build.begin(("pass",), "bf16")
+    assert not build._begun
+    assert not made
 
 
 def test_a_wheel_is_built_before_anything_is_installed() -> None:

@@ -31,7 +31,7 @@ def bf16_folder(tmp_path: Path) -> Path:
 
 
 def test_an_engine_that_began_ahead_is_the_same(bf16_folder: Path) -> None:
-    engines = [Engine(model, num_pages=4) for model in (Ahead(bf16_folder, room=True), bf16_folder)]
+    engines = [Engine(model, num_pages=4) for model in (Ahead(bf16_folder, packs=True), bf16_folder)]
     one, other = (engine.generate(["the bat"], SAMPLING)[0].choices for engine in engines)
     assert one == other
 
@@ -41,10 +41,10 @@ def test_damage_is_raised_where_the_engine_is_made(bf16_folder: Path) -> None:
     raw = bytearray(weights.read_bytes())
     raw[-3] ^= 1
     weights.write_bytes(raw)
-    ahead = Ahead(bf16_folder, room=True)
+    ahead = Ahead(bf16_folder, packs=True)
     with pytest.raises(CheckpointError, match="does not match its digest"):
         Engine(ahead, num_pages=4)
-    missing = Ahead(bf16_folder / "none", room=True)
+    missing = Ahead(bf16_folder / "none", packs=True)
     with pytest.raises(CheckpointError, match="no such folder"):
         Engine(missing, num_pages=4)
 
@@ -70,14 +70,14 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_cache_is_sized_when_what_the_weights_left_is_given_back(bf16_folder: Path, events: list[str]) -> None:
-    Engine(Ahead(bf16_folder, room=True))
+    Engine(Ahead(bf16_folder, packs=True))
     assert events == ["reserve", "settle", "available_bytes"]
 
 
 @pytest.mark.parametrize("wrong", [{"max_seq_len": 10**9}, {"threads": 0}, {"num_pages": 0}, {"kernel": "naif"}])
 def test_an_engine_that_is_refused_keeps_no_room(wrong: dict[str, Any], bf16_folder: Path, events: list[str]) -> None:
     with pytest.raises(WaypostError):
-        Engine(Ahead(bf16_folder, room=True), **wrong)
+        Engine(Ahead(bf16_folder, packs=True), **wrong)
     assert events == ["reserve", "settle"]
 
 
@@ -98,7 +98,7 @@ def test_no_more_room_is_taken_than_the_system_has(
     asked: list[int] = []
     monkeypatch.setattr(memory, "reserve", asked.append)
     monkeypatch.setattr(image, "available_bytes", lambda: None if over is None else packed_bytes(bf16_folder) + over)
-    Ahead(bf16_folder, room=True).checkpoint()
+    Ahead(bf16_folder, packs=True).checkpoint()
     assert asked == ([packed_bytes(bf16_folder)] if taken else [])
 
 
@@ -107,13 +107,13 @@ def test_what_is_wrong_with_a_config_is_said_by_who_reads_it(layers: int, bf16_f
     (bf16_folder / "waypost.json").unlink()
     config = bf16_folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": layers}))
-    ahead = Ahead(bf16_folder, room=True)
+    ahead = Ahead(bf16_folder, packs=True)
     with pytest.raises(WaypostError, match="num_hidden_layers"):
         Engine(ahead, num_pages=4)
 
 
 def test_it_begins_without_pytorch(bf16_folder: Path) -> None:
-    code = f"import sys; from waypost.serve.ahead import Ahead; Ahead({str(bf16_folder)!r}, room=True).checkpoint(); "
+    code = f"import sys; from waypost.serve.ahead import Ahead; Ahead({str(bf16_folder)!r}, packs=True).checkpoint(); "
     done = subprocess.run(
         [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True
     )

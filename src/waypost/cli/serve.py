@@ -157,7 +157,7 @@ def command(
     callers = callers_of(api_key, api_keys)
     check_asked(checkpoint, scheduling, time_between_tokens, time_to_first_token)
     sock = listen(host, port)
-    ahead = Ahead(checkpoint, room=kernel != "naive" and numerics == "exact" and dtype in (None, "bfloat16"))
+    ahead = Ahead(checkpoint, packs=kernel != "naive" and dtype in (None, "bfloat16"))
     with uncollected():
         require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
         from waypost.serve.engine import Engine

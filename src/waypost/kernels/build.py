@@ -12,6 +12,8 @@ import hashlib
 import os
 import platform
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from waypost.core.errors import ConfigError
@@ -43,12 +45,30 @@ def library(group: str, element: str) -> ctypes.CDLL:
     import torch  # loads the OpenMP runtime that ours must resolve to
 
     del torch
-    path = prebuilt()
-    if path is None:
-        path = _cache_dir() / f"kernels-{_key()}-{group}-{element}.so"
-        if not path.exists():
-            _build(path, group, element)
+    begun = _begun.pop((group, element), None)
+    path = prebuilt() or (_file(group, element) if begun is None else begun.result())
     return ctypes.CDLL(str(path))
+
+
+def begin(groups: Sequence[str], element: str) -> None:
+    """Compiles on threads of their own what of `groups` is not on this machine yet; `library` waits for it and raises what
+    went wrong. Worth beginning before PyTorch is imported: a compiler leaves the interpreter's lock alone."""
+    if prebuilt() is not None or compiler() is None:
+        return
+    pool = ThreadPoolExecutor(len(groups), "waypost-compiling")
+    for group in groups:
+        _begun[group, element] = pool.submit(_file, group, element)
+    pool.shutdown(wait=False)
+
+
+_begun: dict[tuple[str, str], Future[Path]] = {}
+
+
+def _file(group: str, element: str) -> Path:
+    path = _cache_dir() / f"kernels-{_key()}-{group}-{element}.so"
+    if not path.exists():
+        _build(path, group, element)
+    return path
 
 
 def _cache_dir() -> Path:

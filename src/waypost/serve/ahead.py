@@ -1,4 +1,5 @@
-"""What begins before PyTorch is imported, which takes a second or two: proving a folder, and finding room for its weights.
+"""What begins before PyTorch is imported, which takes a second or two: proving a folder, finding room for its weights, and,
+once on a machine, compiling the kernels.
 
     ahead = Ahead("path/to/folder")     # returns at once
     from waypost import Engine          # imports PyTorch meanwhile
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from waypost.core.errors import WaypostError
-from waypost.kernels import memory
+from waypost.kernels import build, memory
 
 if TYPE_CHECKING:
     from waypost.keep.reader import Checkpoint
@@ -24,16 +25,17 @@ if TYPE_CHECKING:
 class Ahead:
     """The checkpoint at `path`: opened, and the digests of its weights proved, on a thread of its own.
 
-    With `room`, the system also fetches the huge pages into which the weights will be packed (kernels/memory.py); the engine
+    `packs` says that the compiled kernels will serve it in bfloat16 if it is stored so: they are compiled where that is still
+    to be done, and the system fetches the huge pages into which the weights will be packed (kernels/memory.py); the engine
     gives back what is over.
     """
 
-    def __init__(self, path: str | Path, *, room: bool = False) -> None:
+    def __init__(self, path: str | Path, *, packs: bool = False) -> None:
         thread = ThreadPoolExecutor(1, "waypost-ahead")
         self._checkpoint = thread.submit(_open, path)
         thread.shutdown(wait=False)
-        if room:
-            _reserve(Path(path))
+        if packs:
+            _prepare(Path(path))
 
     def checkpoint(self) -> Checkpoint:
         """The open checkpoint. CheckpointError where it cannot be opened, or a weight is damaged."""
@@ -48,7 +50,7 @@ def _open(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def _reserve(path: Path) -> None:
+def _prepare(path: Path) -> None:
     """Only a head start: whatever is wrong with the folder is said by who reads it, and where the system has not the memory,
     nothing is taken from it early."""
     from waypost.keep.image import available_bytes
@@ -56,6 +58,8 @@ def _reserve(path: Path) -> None:
 
     with contextlib.suppress(WaypostError, OSError, ValueError, OverflowError):
         num_bytes, available = packed_bytes(resolve(path)), available_bytes()
+        if num_bytes > 0:
+            build.begin(("pass", "logits"), "bf16")
         if num_bytes > 0 and (available is None or num_bytes <= available):
             memory.reserve(num_bytes)
 
