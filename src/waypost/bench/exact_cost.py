@@ -1,8 +1,8 @@
 """Claims: what exactness costs. The same engine, or trainer, with numerics exact and fast, in turn.
 
 exact keeps the bits of a token independent of what runs beside it; fast takes the fastest operators at hand (kernels/fast.py).
-In bfloat16 on a CPU these are the same, as long as no operator of PyTorch's is faster, which is measured beside it: the slowest
-of ours against PyTorch's may lose no more than the claim allows.
+In bfloat16 on a CPU these are the same, as long as PyTorch's products and attention are no faster, which is measured beside it:
+the slowest of ours may lose no more than the claim allows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`numerics: fast`: the fastest operators at hand, whose bits may depend on the batch. One switch away from the exact set.
 
-On a CPU these are the compiled ones: in bfloat16 none of PyTorch's is faster (`waypost bench exact.streams` measures it).
+On a CPU these are the compiled ones: PyTorch's products and attention in bfloat16 are no faster (`waypost bench exact.stream`).
 Products of other types are PyTorch's on the rows as they are, which the exact set pads. Without a compiler, and on a GPU, all
 operators are PyTorch's.
 """

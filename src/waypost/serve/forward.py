@@ -97,14 +97,15 @@ def build_batch(spans: Sequence[Span]) -> tuple[Batch, Tensor, Tensor]:
     context = [s.sequence.num_slots for s in spans]
     counts = [s.num_rows for s in spans]
     used = [s.sequence.pages[: pages_for(cached + count)] for s, cached, count in zip(spans, context, counts)]
-    count, most = len(spans), max(map(len, used))
+    sequences, most = len(spans), max(map(len, used))
     numbers = [0, *accumulate(counts), *context]
     for pages in used:
         numbers += pages
         numbers += [0] * (most - len(pages))
-    starts, cached, flat = torch.from_numpy(np.array(numbers, dtype=np.int32)).split([count + 1, count, count * most])
-    table = flat.view(count, most)
-    per_row = _single_rows(spans, context) if sum(counts) == count else _rows(spans, context, counts, table.numpy())
+    sizes = [sequences + 1, sequences, sequences * most]
+    starts, cached, flat = torch.from_numpy(np.array(numbers, dtype=np.int32)).split(sizes)
+    table = flat.view(sequences, most)
+    per_row = _single_rows(spans, context) if sum(counts) == sequences else _rows(spans, context, counts, table.numpy())
     tokens, positions, slots = torch.from_numpy(per_row).unbind()
     return Batch(tokens=tokens, positions=positions, starts=starts, context=cached), table, slots
 
