@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,11 +48,13 @@ class World(Ranks):
     def leave(self) -> None:
         """Ends the process group, once all ranks are here: one that left early would break a connection still in use.
 
-        After success alone; a rank that failed exits, and its launcher stops the others.
+        After success alone; a rank that failed exits, and its launcher stops the others. When this returns, the
+        interpreter may end: no thread of the group holds a tensor any more.
         """
         if self.running:
             dist.barrier()
             dist.destroy_process_group()
+            _threads_at_rest()
 
     def mesh(self, **axes: int) -> DeviceMesh:
         """All ranks, laid out on axes of these lengths, the last one fastest; without any, on one. Made once each."""
@@ -77,3 +81,27 @@ class World(Ranks):
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return [float(value) for value in total]
+
+
+def _threads_at_rest(within_s: float = 60.0) -> None:
+    """Waits until gloo's threads have let go of what they worked on; after `within_s` seconds they are left to it.
+
+    A thread of gloo says that a collective is done, and then lets go of its tensors, for which it needs the interpreter's
+    lock. One that the system did not run in between and that asks for the lock while the interpreter is ending is unwound
+    through C++ that must not be, and the rank that had done all its work aborts (seen under load; PyTorch's issue 190489).
+    Destroying the group does not end its threads as long as a mesh, a sharded module or a tensor knows it.
+    """
+    tasks = Path("/proc/self/task")
+    asleep, deadline = 0, time.monotonic() + within_s
+    while tasks.is_dir() and asleep < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)  # without the lock: who waits for it gets it, and is seen running
+        asleep = asleep + 1 if all(_state(task) in ("S", "") for task in tasks.iterdir()) else 0
+
+
+def _state(task: Path) -> str:
+    """The letter by which Linux names what a thread of gloo is doing (S: sleeps); "" for any other thread."""
+    try:
+        name, state = (task / "stat").read_text().split("(", 1)[1].rsplit(") ", 1)
+    except OSError:  # it has ended
+        return ""
+    return state[0] if name.startswith("pt_gloo") else ""
