@@ -46,6 +46,11 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "pack_quantized": [_I, _P, _L, _L, _L, _L, _P, _I],
     },
     "int8": {"linear_int8": [_P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _L, _P, _I]},
+    "greedy": {
+        "greedy": [_P, _L, _P, _P, _P, _I],
+        "greedy_pays": [],
+        "pack_screen": [_P, _L, _L, _P, _P, _P, _P, _I],
+    },
     "low_rank": {
         "low_rank": [_P, _L, _L, _P, _L, _L, _P, _L, _P, _I],
         "share_low_rank": [_P, _L, _L, _P, _L, _P, _I, _P, _L, _P, _L],
@@ -54,7 +59,7 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
 }
 """What each of compiling.GROUPS exports: names and argument types."""
 
-RETURNS: dict[str, Any] = {"squared_norm": c_double}
+RETURNS: dict[str, Any] = {"squared_norm": c_double, "greedy_pays": c_int}
 
 _GROUP_OF = {name: group for group, functions in SIGNATURES.items() for name in functions}
 

@@ -6,7 +6,7 @@ from waypost.kernels import build
 from waypost.kernels.attention.cpu import counting_attention, paged_attention, ragged_attention, write_pages
 from waypost.kernels.cross_entropy.cpu import cross_entropy_gradient, log_sum_exp
 from waypost.kernels.largest.cpu import largest
-from waypost.kernels.layers.cpu import run_layers, run_model
+from waypost.kernels.layers.cpu import run_greedy, run_layers, run_model
 from waypost.kernels.linear.cpu import linear
 from waypost.kernels.low_rank.cpu import low_rank
 from waypost.kernels.ops import Ops
@@ -38,4 +38,5 @@ def ops() -> Ops:
         low_rank,
         run_layers,
         run_model,
+        run_greedy,
     )

@@ -173,6 +173,15 @@ class RunModelOp(Protocol):
     ) -> Tensor: ...  # fmt: skip
 
 
+class RunGreedyOp(Protocol):
+    """As RunModelOp, for `ends` with a screen -> LargestOp of the logits of `wanted`: (n,) and (n,)."""
+
+    def __call__(
+        self, table: LayerTable, ends: ModelEnds, tokens: Tensor, wanted: Tensor | None, pages: Pages, starts: Tensor,
+        context: Tensor, cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Ops:
     """One coherent set of operators. Two runs promise equal bits only on equal sets (`name`)."""
@@ -194,6 +203,7 @@ class Ops:
     low_rank: LowRankOp
     run_layers: RunLayersOp | None = None
     run_model: RunModelOp | None = None
+    run_greedy: RunGreedyOp | None = None
     """None: layers are run an operator at a time."""
 
     @property

@@ -78,6 +78,10 @@ class AtOnce(Protocol):
         """The whole model: (n, V) of the rows `wanted` (n,), None: of all."""
         ...
 
+    def largest(self, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """Of each row of `logits` the largest (n,), in float32, NaN where there is one, and the first place (n,) with it."""
+        ...
+
 
 class Decoder(nn.Module):
     """A decoder-only language model. Fresh parameters are uninitialised: call `initialise`, or load a checkpoint."""

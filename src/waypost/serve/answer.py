@@ -34,6 +34,12 @@ class Answer:
         if sampling.repetition_penalty != 1.0:
             self._prompt_ids = torch.tensor(sorted(set(prompt)), dtype=torch.int64)
 
+    @property
+    def plain(self) -> bool:
+        """Whether the next draws take the token of the largest logit, as it comes from the model, and ask for no more."""
+        s = self.sampling
+        return s.takes_largest and not s.edits_logits and self._matcher is None and self.num_tokens >= s.min_tokens
+
     def ask(self, position: int) -> Ask:
         """What the row of logits for absolute `position` is to become."""
         forbidden = self._never_yet if self.num_tokens < self.sampling.min_tokens else ()

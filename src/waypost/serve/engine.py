@@ -41,7 +41,7 @@ from waypost.serve.loop import EngineThread
 from waypost.serve.pages import PagedKv, PagePool
 from waypost.serve.prepare import Prepared, prepare
 from waypost.serve.request import Completion, Delta, FinishReason, Request, TextTokenizer
-from waypost.serve.sampling import Draw, Sampling, sample
+from waypost.serve.sampling import Draw, Likeliest, Sampling, sample
 from waypost.serve.sampling.grammar import Grammars
 from waypost.serve.scheduler import LiveSequence, Scheduler, advance
 from waypost.serve.scheduling import Chunked, Policy, Span
@@ -268,10 +268,10 @@ class Engine:
         read += self._draw(logits, drawing, rows) if drawing else []
         return read + self.drafts.follow(spans, first_row, partial(self._draw, logits))
 
-    def _draw(self, logits: Tensor, sequences: Sequence[LiveSequence], rows: Sequence[int]) -> list[Delta]:
+    def _draw(self, logits: Tensor | Likeliest, sequences: Sequence[LiveSequence], rows: Sequence[int]) -> list[Delta]:
         """A token for each of `sequences` from its row of `logits`."""
         asks = [s.answer.ask(len(s.tokens)) for s in sequences]
-        part = logits if list(rows) == [*range(len(logits))] else logits[rows]
+        part = logits if list(rows) == [*range(len(logits))] else logits[list(rows)]
         draws = sample(part, asks, self.model.ops, self.weight_version)
         now = time.monotonic()
         return [self._take(sequence, draw, now) for sequence, draw in zip(sequences, draws, strict=True)]

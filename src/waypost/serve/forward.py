@@ -14,24 +14,25 @@ from torch import Tensor
 
 from waypost.core.batch import Batch
 from waypost.kernels.ops import PAGE_TOKENS as P
-from waypost.model.decoder import Decoder
+from waypost.model.decoder import AtOnce, Decoder
 from waypost.model.rows import Rows
 from waypost.serve.adapters import StepAdapters
 from waypost.serve.ledger import LiveSequence
 from waypost.serve.pages import PagedKv, pages_for
+from waypost.serve.sampling import Likeliest
 from waypost.serve.scheduling import Span
 
 
-def run_spans(model: Decoder, kv: PagedKv, spans: Sequence[Span]) -> tuple[list[Span], Tensor | None]:
+def run_spans(model: Decoder, kv: PagedKv, spans: Sequence[Span]) -> tuple[list[Span], Tensor | Likeliest | None]:
     """Runs `spans`, whose pages are held -> (those that run their sequence's last known token, the logits (n, V) of that
-    token and of the drafted ones after it, one span after the other).
+    token and of the drafted ones after it, one span after the other, or what stands for them where it is enough).
 
     Spans of unequal layer ranges share every interval of layers that they have in common. The hidden states of a span
     that stops short are kept on its sequence; the ledger itself is not touched.
     """
     last = len(model.config.layers)
     cuts = sorted({bound for s in spans for bound in (s.first_layer, s.stop_layer)})
-    logits = None
+    logits: Tensor | Likeliest | None = None
     for first, stop in pairwise(cuts):
         here = [s for s in spans if s.first_layer <= first and stop <= s.stop_layer]
         if not here:
@@ -40,7 +41,7 @@ def run_spans(model: Decoder, kv: PagedKv, spans: Sequence[Span]) -> tuple[list[
         rows = Rows(batch, model.ops, kv.step(table, slots), _adapters(model, here))
         wanted = _answered(here) if stop == last else None
         if first == 0 and wanted is not None and model.at_once is not None and all(s.sequence.reader is None for s in here):
-            logits = model.at_once.logits(rows, wanted)
+            logits = _at_once(model.at_once, rows, wanted, here)
             if logits is not None:
                 break
         h = model.embed(batch) if first == 0 else torch.cat([_hidden(s.sequence) for s in here])
@@ -52,6 +53,12 @@ def run_spans(model: Decoder, kv: PagedKv, spans: Sequence[Span]) -> tuple[list[
             logits = None if wanted is None else model.head(h if len(wanted) == len(h) else h[wanted], rows)
             _read(model, h, rows, here)
     return [s for s in spans if s.stop_layer == last and _completes(s)], logits
+
+
+def _at_once(model: AtOnce, rows: Rows, wanted: Tensor, spans: Sequence[Span]) -> Tensor | Likeliest | None:
+    plain = all(s.sequence.answer.plain for s in spans if _completes(s))
+    largest = model.largest(rows, wanted) if plain else None
+    return model.logits(rows, wanted) if largest is None else Likeliest(*largest)
 
 
 def _adapters(model: Decoder, spans: Sequence[Span]) -> StepAdapters | None:

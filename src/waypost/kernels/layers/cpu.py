@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from waypost.kernels.call import kernels
+from waypost.kernels.greedy.cpu import Screen
 from waypost.kernels.linear.cpu import Packed
 from waypost.kernels.linear.quantized import QuantizedPanels
 from waypost.kernels.low_rank.factors import Factors
@@ -100,7 +101,7 @@ class _Ends(Structure):
         ("head", _Product),
         ("wanted", c_void_p),
         ("answers", c_long),
-        ("logits", c_void_p),
+        *((name, c_void_p) for name in ("normed", "logits", "greedy", "screen", "peaks", "places")),
     ]
 
 
@@ -146,6 +147,8 @@ class ModelEnds:
     eps: float
     head: Product
     """C -> V"""
+    screen: Screen | None = None
+    """Of the head, for who asks for the likeliest token alone."""
 
 
 def run_layers(
@@ -161,16 +164,38 @@ def run_model(
     table: LayerTable, ends: ModelEnds, tokens: Tensor, wanted: Tensor | None, pages: Pages, starts: Tensor, context: Tensor,
     cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
 ) -> Tensor:  # fmt: skip
-    h = torch.empty((len(tokens), ends.norm.shape[0]), dtype=ends.norm.dtype)
-    wanted = None if wanted is None else wanted.contiguous()
-    answers = len(tokens) if wanted is None else len(wanted)
-    logits = torch.empty((answers, ends.head.weight.outputs), dtype=h.dtype)
-    around = _Ends(
-        tokens.data_ptr(), ends.embedding.data_ptr(), ends.norm.data_ptr(), ends.eps, _product(ends.head), _pointer(wanted),
-        answers, logits.data_ptr(),
-    )  # fmt: skip
+    around, normed, wanted = _around(ends, tokens, wanted)
+    logits = torch.empty((len(normed), ends.head.weight.outputs), dtype=normed.dtype)
+    around.logits = logits.data_ptr()
+    h = torch.empty((len(tokens), normed.shape[1]), dtype=normed.dtype)
     _run(table, table.every, around, h, pages, starts, context, cos, sin, which, adapters)
     return logits
+
+
+def run_greedy(
+    table: LayerTable, ends: ModelEnds, tokens: Tensor, wanted: Tensor | None, pages: Pages, starts: Tensor, context: Tensor,
+    cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    screen = ends.screen
+    assert screen is not None, "only a head with a screen is asked for the likeliest token alone"
+    around, normed, wanted = _around(ends, tokens, wanted)
+    peaks, places = torch.empty(len(normed), dtype=torch.float32), torch.empty(len(normed), dtype=torch.int64)
+    around.greedy, around.screen = screen.function, screen.address
+    around.peaks, around.places = peaks.data_ptr(), places.data_ptr()
+    h = torch.empty((len(tokens), normed.shape[1]), dtype=normed.dtype)
+    _run(table, table.every, around, h, pages, starts, context, cos, sin, which, adapters)
+    return screen.complete(normed, peaks, places, ends.head.weight)
+
+
+def _around(ends: ModelEnds, tokens: Tensor, wanted: Tensor | None) -> tuple[_Ends, Tensor, Tensor | None]:
+    """-> (the structure without what is asked for, where the rows (n, C) go that the head takes, `wanted` as it is read)."""
+    wanted = None if wanted is None else wanted.contiguous()
+    normed = torch.empty((len(tokens) if wanted is None else len(wanted), ends.norm.shape[0]), dtype=ends.norm.dtype)
+    around = _Ends(
+        tokens.data_ptr(), ends.embedding.data_ptr(), ends.norm.data_ptr(), ends.eps, _product(ends.head), _pointer(wanted),
+        len(normed), normed.data_ptr(),
+    )  # fmt: skip
+    return around, normed, wanted
 
 
 def _run(

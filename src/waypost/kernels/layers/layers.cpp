@@ -57,6 +57,8 @@ struct Step {
 constexpr long kMostPages = 1 << 20;  // bytes of cached keys and values that a thread asks for before it needs them
 constexpr int kSites = 7;  // q, k, v, out, gate, up, down
 enum Kind { kNorms, kProducts, kAttention, kHead };
+// The largest logit of each row and its first place (greedy/greedy.cpp).
+typedef void Greedy(const bf16 *x, long rows, const void *screen, float *peaks, int64_t *places, int threads);
 // What is around the layers, where a call runs from tokens to logits.
 struct Ends {
   const int64_t *tokens;  // (rows,)
@@ -66,7 +68,12 @@ struct Ends {
   Product head;
   const int64_t *wanted;  // (answers,): rows whose logits are asked for; null: every row's
   long answers;
-  void *logits;  // (answers, vocabulary)
+  void *normed;  // (answers, hidden): their rows after the last norm
+  void *logits;  // (answers, vocabulary); or null, and then the largest alone is asked for, of a head in bfloat16:
+  Greedy *greedy;
+  const void *screen;
+  float *peaks;     // (answers,)
+  int64_t *places;  // (answers,), -1 where it is not known
 };
 
 // Seconds by kind of work as a region's first thread sees them, its waiting for the others included.
@@ -173,7 +180,7 @@ template <class T> class Pass {
       clock.took(kProducts);
       also.clear();
       if (i + 1 < count) expect(layers[order[i + 1]].qkv, rows_, also);
-      else if (ends) expect(ends->head, ends->answers, also);
+      else if (ends && ends->logits) expect(ends->head, ends->answers, also);
       multiply(layer.down, rows_, gated_, part_, also);
       adapt(at, 6, {hidden_}, layer.down, gated_, part_);
       clock.took(kProducts);
@@ -182,11 +189,13 @@ template <class T> class Pass {
     add_and_norm(before, nullptr, 0);
     clock.took(kNorms);
     if (!ends) return;
+    T *const normed = (T *)ends->normed;
 #pragma omp for schedule(static)
     for (long i = 0; i < ends->answers; ++i)
-      norm_row(h_ + (ends->wanted ? ends->wanted[i] : i) * hidden_, (const T *)ends->norm, (int)hidden_, ends->eps, normed_ + i * hidden_);
+      norm_row(h_ + (ends->wanted ? ends->wanted[i] : i) * hidden_, (const T *)ends->norm, (int)hidden_, ends->eps, normed + i * hidden_);
+    if (!ends->logits) return;
     also.clear();
-    multiply(ends->head, ends->answers, normed_, (T *)ends->logits, also);
+    multiply(ends->head, ends->answers, normed, (T *)ends->logits, also);
     clock.took(kHead);
   }
 
@@ -308,4 +317,8 @@ extern "C" void EXPORT(run_layers)(const Layer *layers, int layer_count, const i
   Pass<Element> pass(layers, layer_count, *step, h, rows, hidden);
 #pragma omp parallel num_threads(threads)
   pass.run(layers, order, count, k_pages, v_pages, ends);
+  if (!ends || ends->logits) return;
+  Clock clock(step->seconds);
+  ends->greedy((const bf16 *)ends->normed, ends->answers, ends->screen, ends->peaks, ends->places, threads);
+  clock.took(kHead);
 }

@@ -7,29 +7,15 @@
 // the first in the lowest bits. Codes of x are stored plus 128, which is what the processor's dot product of bytes takes;
 // `offsets` has 128 times the sum of each output's weights.
 
+#include "bytes.h"
 #include "panels.h"
 
 namespace waypost {
 namespace {
 
-inline VecI add_quads(VecI acc, uint32_t x, VecU w) {
-#if defined(__AVX512VNNI__)
-  return (VecI)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32((int)x), (__m512i)w);
-#else
-  for (int b = 0; b < 4; ++b) acc += (int32_t)((x >> (8 * b)) & 255u) * ((VecI)(w << (24 - 8 * b)) >> 24);
-  return acc;
-#endif
-}
-
-inline VecU load_lanes(const void *p) {
-  VecU v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
 // bfloat16(q * scale) of one input of 16 outputs.
 inline Vec<float> column(const uint8_t *quad, int byte, Vec<float> scale) {
-  const VecI q = (VecI)(load_lanes(quad) << (24 - 8 * byte)) >> 24;
+  const VecI q = (VecI)(load_bytes(quad) << (24 - 8 * byte)) >> 24;
   bf16 rounded[kLanes];
   store(rounded, __builtin_convertvector(q, Vec<float>) * scale);
   return load(rounded);
@@ -49,13 +35,13 @@ void tile8(const Rows8 &x, long row, long quads, const uint8_t *panel, const int
   VecI acc[R][kVectors] = {};
   for (long k = 0; k < quads; ++k) {
     VecU w[kVectors];
-    for (int v = 0; v < kVectors; ++v) w[v] = load_lanes(panel + 64 * (k * kVectors + v));
+    for (int v = 0; v < kVectors; ++v) w[v] = load_bytes(panel + 64 * (k * kVectors + v));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      uint32_t quad;
+      Pair quad;
       std::memcpy(&quad, x.codes + 4 * ((row + r) * quads + k), sizeof quad);
 #pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = add_quads(acc[r][v], quad, w[v]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = add_bytes(acc[r][v], splat(quad), w[v]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -66,7 +52,7 @@ void tile8(const Rows8 &x, long row, long quads, const uint8_t *panel, const int
         const long at = x.columns[i];
         full += splat(x.values[i]) * column(panel + 64 * (at / 4 * kVectors + v), at % 4, scale);
       }
-      const VecI sum = acc[r][v] - (VecI)load_lanes(offsets + kLanes * v);
+      const VecI sum = acc[r][v] - (VecI)load_bytes(offsets + kLanes * v);
       const Vec<float> narrow = __builtin_convertvector(sum, Vec<float>) * splat(x.scale[row + r]) * scale;
       store_some(out + (row + r) * stride + kLanes * v, narrow + full, here - kLanes * v);
     }

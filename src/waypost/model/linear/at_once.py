@@ -18,10 +18,12 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
+from waypost.kernels.greedy.cpu import Screen, fits, pays
 from waypost.kernels.layers.cpu import LayerAdapters, LayerTable, LayerWeights, ModelEnds, Product
+from waypost.kernels.linear.cpu import Packed
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.quantized import QuantizedPanels
-from waypost.kernels.ops import Pages, RunLayersOp, RunModelOp
+from waypost.kernels.ops import Pages, RunGreedyOp, RunLayersOp, RunModelOp
 from waypost.kernels.vocabulary import WHOLE
 from waypost.model.decoder import Decoder, Layer
 from waypost.model.linear.dense import Linear
@@ -35,17 +37,18 @@ _VERSION = attrgetter("_version")
 
 def attach(model: Decoder) -> Decoder:
     """Lets `model`, which is fused and packed, run its layers at once where that is possible; in place. Done last."""
-    if model.ops.run_layers is not None and model.ops.run_model is not None and _weights(model) is not None:
-        model.at_once = LayersAtOnce(model, model.ops.run_layers, model.ops.run_model)
+    ops = model.ops
+    if ops.run_layers is not None and ops.run_model is not None and ops.run_greedy is not None and _weights(model) is not None:
+        model.at_once = LayersAtOnce(model, ops.run_layers, ops.run_model, ops.run_greedy)
     return model
 
 
 class LayersAtOnce:
     """The layers of `model` as one call, following its parameters when they change in place."""
 
-    def __init__(self, model: Decoder, run_layers: RunLayersOp, run_model: RunModelOp) -> None:
+    def __init__(self, model: Decoder, run_layers: RunLayersOp, run_model: RunModelOp, run_greedy: RunGreedyOp) -> None:
         self._model = (model,)  # a tuple: a module would be registered nowhere, but be walked
-        self._run, self._run_model = run_layers, run_model
+        self._run, self._run_model, self._run_greedy = run_layers, run_model, run_greedy
         self._parameters = list(model.parameters())
         self._seconds: Tensor | None = None
         self._sites = [site for layer in model.model.layers for site in _sites(layer)]
@@ -62,6 +65,13 @@ class LayersAtOnce:
         if pages is None or self._ends is None:
             return None
         return self._run_model(self._table, self._ends, rows.batch.tokens, wanted, pages, *self._where(rows))
+
+    def largest(self, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor] | None:  # wanted (n,) -> (n,), (n,)
+        """LargestOp of `logits`, without computing most of them; None where that is not possible or would not pay."""
+        pages = self._pages(rows)
+        if pages is None or self._ends is None or self._ends.screen is None or not self._ends.screen.helps:
+            return None
+        return self._run_greedy(self._table, self._ends, rows.batch.tokens, wanted, pages, *self._where(rows))
 
     def _pages(self, rows: Rows) -> Pages | None:
         """Where keys and values go, the table of weights brought up to date; None: the pass is not for this."""
@@ -122,7 +132,9 @@ def _ends(model: Decoder) -> ModelEnds | None:
     few = isinstance(head, QuantizedPanels)
     if head.inputs % 2 or (few and model.dtype != torch.bfloat16):
         return None
-    return ModelEnds(embedding.detach(), norm.weight.detach(), norm.eps, Product(head, None))
+    weight = model.output_weight.detach()
+    screen = Screen(weight) if isinstance(head, Packed) and model.lm_head is None and fits(weight) and pays(weight) else None
+    return ModelEnds(embedding.detach(), norm.weight.detach(), norm.eps, Product(head, None), screen)
 
 
 def _layer(layer: Layer, linear: PackedLinear, dtype: torch.dtype) -> LayerWeights | None:

@@ -49,6 +49,11 @@ class Ask:
         """Whether the row of logits is changed before temperature."""
         return bool(self.forbidden) or self.allowed is not None or self.sampling.edits_logits
 
+    @property
+    def plain(self) -> bool:
+        """Whether the largest logit's token is all that is wanted."""
+        return self.sampling.takes_largest and not self.edits
+
 
 @dataclass(slots=True)  # not frozen, which would make it three times as slow: there is one a token
 class Draw:
@@ -66,9 +71,40 @@ class Draw:
     """Of the weights that gave the logits (Engine.swap)."""
 
 
+@dataclass(frozen=True)
+class Likeliest:
+    """What stands for n rows of logits of which nobody asks for more than the largest: `ops.largest` of them."""
+
+    peak: Tensor
+    """(n,) float32, NaN where there is one."""
+    token: Tensor
+    """(n,) int64, the first that has it."""
+
+    def __len__(self) -> int:
+        return len(self.peak)
+
+    def __getitem__(self, rows: Sequence[int]) -> Likeliest:
+        return Likeliest(self.peak[rows], self.token[rows])
+
+    def draws(self, weight_version: int) -> list[Draw]:
+        peaks, tokens = self.peak.tolist(), self.token.tolist()
+        return [
+            Draw(token, weight_version=weight_version) if math.isfinite(peak) else _failure(peak)
+            for peak, token in zip(peaks, tokens, strict=True)
+        ]
+
+
+def _failure(peak: float) -> Draw:
+    return Draw(token_id=0, failure=f"the model gave logits that are not finite (largest: {peak})")
+
+
 @torch.no_grad()
-def sample(logits: Tensor, asks: Sequence[Ask], ops: Ops, weight_version: int = 0) -> list[Draw]:
-    """(n, V) logits of the weights `weight_version`, one Ask a row -> one Draw a row."""
+def sample(logits: Tensor | Likeliest, asks: Sequence[Ask], ops: Ops, weight_version: int = 0) -> list[Draw]:
+    """(n, V) logits of the weights `weight_version`, one Ask a row -> one Draw a row. Where every Ask is `plain`, the
+    largest of the logits are enough."""
+    if isinstance(logits, Likeliest):
+        assert all(ask.plain for ask in asks), "more is asked for than the largest logits"
+        return logits.draws(weight_version)
     peak, best = ops.largest(logits)
     failed = {i: v for i, v in enumerate(peak.tolist()) if not math.isfinite(v)}
     if failed:
@@ -96,7 +132,7 @@ def sample(logits: Tensor, asks: Sequence[Ask], ops: Ops, weight_version: int = 
     out = []
     for i, token in enumerate(tokens):
         if i in failed:
-            out.append(Draw(token_id=0, failure=f"the model gave logits that are not finite (largest: {failed[i]})"))
+            out.append(_failure(failed[i]))
         elif i in measured:
             out.append(Draw(token, measured[i][0], drawn.get(i, 0.0), measured[i][1], weight_version=weight_version))
         else:

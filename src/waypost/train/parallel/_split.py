@@ -55,6 +55,7 @@ def split_ops(ops: Ops, group: Any) -> Ops:
         vocabulary=vocabulary,
         run_layers=None,
         run_model=None,
+        run_greedy=None,
     )
 
 
