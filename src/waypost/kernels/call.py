@@ -49,7 +49,7 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "greedy": {
         "greedy": [_P, _L, _P, _P, _P, _I],
         "greedy_pays": [],
-        "pack_screen": [_P, _L, _L, _P, _P, _P, _P, _I],
+        "pack_screen": [_P, _L, _L, _P, _P, _P, _P, _P, _P, _I],
     },
     "low_rank": {
         "low_rank": [_P, _L, _L, _P, _L, _L, _P, _L, _P, _I],

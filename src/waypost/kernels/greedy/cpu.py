@@ -30,7 +30,7 @@ PATIENCE = 64
 
 class _Screen(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("panels", "scales", "lost", "sizes", "weight")),
+        *((name, c_void_p) for name in ("panels", "scales", "lost", "sizes", "most_lost", "most_size", "weight")),
         *((name, c_long) for name in ("outputs", "pairs")),
     ]
 
@@ -45,8 +45,8 @@ class Screen:
         self.weight = weight
         count, quads = -(-outputs // PANEL), -(-inputs // 4)
         self.panels = memory.empty((count, quads, PANEL, 4), torch.uint8)
-        self._bounds = memory.empty((3, count, PANEL), torch.float32)
-        pointers = [self.panels.data_ptr(), *(part.data_ptr() for part in self._bounds)]
+        self._bounds = *memory.empty((3, count, PANEL), torch.float32), *torch.empty((2, count))
+        pointers = [part.data_ptr() for part in (self.panels, *self._bounds)]
         kernels(weight).pack_screen(weight.data_ptr(), outputs, inputs // 2, *pointers, torch.get_num_threads())
         self._screen = _Screen(*pointers, weight.data_ptr(), outputs, inputs // 2)
         self.address, self.function = addressof(self._screen), cast(kernels(weight).greedy, c_void_p).value

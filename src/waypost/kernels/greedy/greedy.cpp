@@ -23,6 +23,7 @@ namespace {
 struct Screen {
   const uint8_t *panels;               // (P, quads, 48, 4)
   const float *scales, *lost, *sizes;  // (P, 48): r, at least |d| and what float32 rounds, at least |r q|; lost is infinite past the end
+  const float *most_lost, *most_size;  // (P,): the largest of each panel
   const Pair *weight;                  // (outputs, pairs)
   long outputs, pairs;
 
@@ -48,15 +49,16 @@ inline uint32_t mask_of(VecI lanes) {
 #endif
 }
 
-// A row in whole numbers, padded with zeros to whole vectors. `place` is -1 from the start where its logits cannot be bounded.
+// A row in whole numbers, padded with zeros to whole vectors; not bounded where nothing can be said of its logits.
 struct Row {
   std::vector<int8_t> low;
   std::vector<std::pair<long, Pair>> high;  // quads that have one
   float scale, size, lost;
-  int32_t offset = 0;  // what the 128 of the weights add
+  int32_t offset;  // what the 128 of the weights add
   bool bounded;
 
-  Row(const bf16 *x, long inputs) : low((inputs + kLanes - 1) / kLanes * kLanes) {
+  void code(const bf16 *x, long inputs) {
+    low.resize((inputs + kLanes - 1) / kLanes * kLanes);
     const auto each = [&](auto f) {
       for (long k = 0; k < inputs; k += kLanes) f(k, load_some(x + k, (int)std::min<long>(kLanes, inputs - k)));
     };
@@ -116,15 +118,23 @@ class Floor {
 // An upper bound below this is no tie after rounding to bfloat16 either.
 inline float threshold(float least) { return least - std::fabs(least) * kTie - 1e-30f; }
 
-// Takes in what of a panel, whose first output is `first`, has an upper bound that is not below `below`.
-ALONE void keep(const Vec<float> (&most)[kVectors], float below, long first, long outputs, Floor &floor, Found &found) {
+// Takes in what may be a row's largest logit of a panel's, which are near `near`.
+ALONE void keep(const Screen &s, const Row &row, const Vec<float> (&near)[kVectors], long panel, Floor &floor, Found &found) {
+  Vec<float> most[kVectors], least = splat(-kInfinite);
+  for (int v = 0; v < kVectors; ++v) {
+    const long at = panel * kPanel + kLanes * v;
+    const Vec<float> apart = fma<float>(splat(row.size), load(s.lost + at), splat(row.lost) * load(s.sizes + at));
+    most[v] = near[v] + apart, least = larger(near[v] - apart, least);
+  }
+  floor.raise(max_lanes<float>(least));
+  const float below = threshold(floor.value());
   for (int v = 0; v < kVectors; ++v)
     for (uint32_t left = mask_of(most[v] >= splat(below)); left; left &= left - 1) {
       const int lane = __builtin_ctz(left);
-      const long place = first + kLanes * v + lane;
-      if (place < outputs) found.push_back({(int32_t)place, most[v][lane]});
+      const long place = panel * kPanel + kLanes * v + lane;
+      if (place < s.outputs) found.push_back({(int32_t)place, most[v][lane]});
     }
-  if (found.size() > 2 * kMostCandidates) found.drop(threshold(floor.value()));
+  if (found.size() > 2 * kMostCandidates) found.drop(below);
   if (found.size() > 2 * kMostCandidates) floor.raise(kInfinite), found.clear();
 }
 
@@ -149,6 +159,8 @@ template <int R> void tile(const Screen &s, const Row *rows, long panel, Floor *
       }
     }
   }
+  Vec<float> scales[kVectors];
+  for (int v = 0; v < kVectors; ++v) scales[v] = load(s.scales + panel * kPanel + kLanes * v);
   for (int r = 0; r < R; ++r) {
     const Row &row = rows[r];
     if (!row.bounded) continue;
@@ -156,20 +168,15 @@ template <int R> void tile(const Screen &s, const Row *rows, long panel, Floor *
     for (const auto &[k, quad] : row.high)
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) high[v] = add_bytes(high[v], load_bytes(weights + 64 * (k * kVectors + v)), splat(quad));
-    Vec<float> most[kVectors], least[kVectors];
+    Vec<float> near[kVectors];
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) {
-      const long at = panel * kPanel + kLanes * v;
       const VecI whole = acc[r][v] + (high[v] << 8) - row.offset;
-      const Vec<float> near = __builtin_convertvector(whole, Vec<float>) * (load(s.scales + at) * splat(row.scale));
-      const Vec<float> apart = fma<float>(splat(row.size), load(s.lost + at), splat(row.lost) * load(s.sizes + at));
-      most[v] = near + apart, least[v] = near - apart;
+      near[v] = __builtin_convertvector(whole, Vec<float>) * (scales[v] * splat(row.scale));
     }
-    float floor = floors[r].value();
-    const Vec<float> highest = larger(larger(least[0], least[1]), least[2]);
-    if (mask_of(highest > splat(floor))) floors[r].raise(floor = max_lanes<float>(highest));
-    const float below = threshold(floor);
-    if (mask_of(larger(larger(most[0], most[1]), most[2]) >= splat(below))) keep(most, below, panel * kPanel, s.outputs, floors[r], found[r]);
+    const float reach = row.size * s.most_lost[panel] + row.lost * s.most_size[panel];  // no output of the panel is farther
+    const float below = threshold(floors[r].value()) - reach * kSlack;
+    if (mask_of(larger(larger(near[0], near[1]), near[2]) >= splat(below))) keep(s, row, near, panel, floors[r], found[r]);
   }
 }
 
@@ -183,6 +190,8 @@ void decide(const Screen &s, const bf16 *x, const Row &row, float floor, const s
     for (const Candidate &c : *each) places.push_back(c.place);
   }
   if (places.size() > kMostCandidates) return;
+  for (int32_t at : places)  // all at once: the memory is slow to begin
+    for (long k = 0; k < s.pairs; k += kLanes) __builtin_prefetch(s.weight + at * s.pairs + k, 0, 3);
   for (size_t first = 0; first < places.size(); first += kLanes) {
     const int here = (int)std::min<size_t>(kLanes, places.size() - first);
     const Pair *weights[kLanes];
@@ -234,12 +243,11 @@ int EXPORT(greedy_pays)() {
 #endif
 }
 
-// weight (outputs, 2 * pairs) -> panels (P, quads, 48, 4) and scales, lost, sizes (P, 48), all as Screen has them.
+// weight (outputs, 2 * pairs) -> what Screen has of it.
 void EXPORT(pack_screen)(const bf16 *weight, long outputs, long pairs, uint8_t *panels, float *scales, float *lost, float *sizes,
-                         int threads) {
+                         float *most_lost, float *most_size, int threads) {
   const long inputs = 2 * pairs, quads = (pairs + 1) / 2, count = (outputs + kPanel - 1) / kPanel;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long i = 0; i < count * kPanel; ++i) {
+  const auto code = [&](long i) {
     uint8_t *const to = panels + i / kPanel * quads * 4 * kPanel + i % kPanel * 4;
     scales[i] = sizes[i] = 0, lost[i] = kInfinite;
     const bf16 *const row = weight + i * inputs;
@@ -259,7 +267,7 @@ void EXPORT(pack_screen)(const bf16 *weight, long outputs, long pairs, uint8_t *
     const auto put = [&](long k, uint32_t quad) { std::memcpy(to + k * 4 * kPanel, &quad, sizeof quad); };
     if (!bounded) {
       for (long k = 0; k < quads; ++k) put(k, 0x80808080u);
-      continue;
+      return;
     }
     each([&](long k, Vec<float> v) {
       const Vec<float> q = fma<float>(v, inverse, magic) - magic, d = fma<float>(-q, splat(scale), v);
@@ -271,6 +279,12 @@ void EXPORT(pack_screen)(const bf16 *weight, long outputs, long pairs, uint8_t *
     });
     const float size = kSlack * std::sqrt(sum), off = kSlack * std::sqrt(sum_lanes<float>(errors));
     scales[i] = scale, sizes[i] = size + off, lost[i] = off + (float)inputs * kRounding * (size + off);
+  };
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long p = 0; p < count; ++p) {
+    for (long i = p * kPanel; i < (p + 1) * kPanel; ++i) code(i);
+    most_lost[p] = *std::max_element(lost + p * kPanel, lost + (p + 1) * kPanel);
+    most_size[p] = *std::max_element(sizes + p * kPanel, sizes + (p + 1) * kPanel);
   }
 }
 
@@ -278,13 +292,13 @@ void EXPORT(pack_screen)(const bf16 *weight, long outputs, long pairs, uint8_t *
 // be it, or one that may be it is not finite.
 void EXPORT(greedy)(const bf16 *x, long rows, const Screen *screen, float *peaks, int64_t *places, int threads) {
   const Screen &s = *screen;
-  std::vector<Row> coded;
-  coded.reserve(rows);
-  for (long t = 0; t < rows; ++t) coded.emplace_back(x + t * 2 * s.pairs, 2 * s.pairs);
+  std::vector<Row> coded(rows);
   std::vector<Found> found(threads * rows);
   std::vector<Floor> floors(rows);
 #pragma omp parallel num_threads(threads)
   {
+#pragma omp for schedule(static)
+    for (long t = 0; t < rows; ++t) coded[t].code(x + t * 2 * s.pairs, 2 * s.pairs);
     Found *const mine = found.data() + omp_get_thread_num() * rows;
     const long bytes = s.quads() * 4 * kPanel, tiles = (rows + kTileRows - 1) / kTileRows;
     const long last = (s.outputs + kPanel - 1) / kPanel - 1, share = std::min<long>(tiles, 4);
