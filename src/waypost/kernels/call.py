@@ -59,7 +59,7 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
 }
 """What each of compiling.GROUPS exports: names and argument types."""
 
-RETURNS: dict[str, Any] = {"squared_norm": c_double, "greedy_pays": c_int}
+RETURNS: dict[str, Any] = {"squared_norm": c_double, "greedy": c_long, "greedy_pays": c_int, "run_layers": c_long}
 
 _GROUP_OF = {name: group for group, functions in SIGNATURES.items() for name in functions}
 

@@ -289,8 +289,8 @@ void EXPORT(pack_screen)(const bf16 *weight, long outputs, long pairs, uint8_t *
 }
 
 // x (rows, 2 * pairs) -> the largest logit of each row and the first place that has it; the place is -1 where too many outputs may
-// be it, or one that may be it is not finite.
-void EXPORT(greedy)(const bf16 *x, long rows, const Screen *screen, float *peaks, int64_t *places, int threads) {
+// be it, or one that may be it is not finite. Returns for how many rows that is so.
+long EXPORT(greedy)(const bf16 *x, long rows, const Screen *screen, float *peaks, int64_t *places, int threads) {
   const Screen &s = *screen;
   std::vector<Row> coded(rows);
   std::vector<Found> found(threads * rows);
@@ -319,5 +319,6 @@ void EXPORT(greedy)(const bf16 *x, long rows, const Screen *screen, float *peaks
       decide(s, x + t * 2 * s.pairs, coded[t], floors[t].value(), all, peaks[t], places[t]);
     }
   }
+  return std::count(places, places + rows, -1);
 }
 }

@@ -183,8 +183,8 @@ def run_greedy(
     around.greedy, around.screen = screen.function, screen.address
     around.peaks, around.places = peaks.data_ptr(), places.data_ptr()
     h = torch.empty((len(tokens), normed.shape[1]), dtype=normed.dtype)
-    _run(table, table.every, around, h, pages, starts, context, cos, sin, which, adapters)
-    return screen.complete(normed, peaks, places, ends.head.weight)
+    unknown = _run(table, table.every, around, h, pages, starts, context, cos, sin, which, adapters)
+    return screen.complete(normed, peaks, places, unknown, ends.head.weight)
 
 
 def _around(ends: ModelEnds, tokens: Tensor, wanted: Tensor | None) -> tuple[_Ends, Tensor, Tensor | None]:
@@ -201,7 +201,8 @@ def _around(ends: ModelEnds, tokens: Tensor, wanted: Tensor | None) -> tuple[_En
 def _run(
     table: LayerTable, order: Array[c_int32], ends: _Ends | None, h: Tensor, pages: Pages, starts: Tensor, context: Tensor,
     cos: Tensor, sin: Tensor, which: Tensor | None, adapters: LayerAdapters | None,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
+    """-> of how many rows the largest logit was asked for and is not known."""
     step = _Step(
         *(x.data_ptr() for x in (pages.table, starts, context, pages.slots, cos, sin)), pages.table.shape[1], context.shape[0],
         _pointer(table.seconds), _pointer(which),
@@ -209,10 +210,11 @@ def _run(
     if adapters is not None:
         step.factors, step.adapters = addressof(adapters.rows), adapters.count
         step.share_low_rank = cast(kernels(h).share_low_rank, c_void_p)
-    kernels(h).run_layers(
+    unknown: int = kernels(h).run_layers(
         table.rows, len(table.weights), order, len(order), *table.places(pages), byref(step),
         None if ends is None else byref(ends), h.data_ptr(), *h.shape, torch.get_num_threads(),
     )  # fmt: skip
+    return unknown
 
 
 def _layer(weights: LayerWeights) -> _Layer:

@@ -58,7 +58,7 @@ constexpr long kMostPages = 1 << 20;  // bytes of cached keys and values that a 
 constexpr int kSites = 7;  // q, k, v, out, gate, up, down
 enum Kind { kNorms, kProducts, kAttention, kHead };
 // The largest logit of each row and its first place (greedy/greedy.cpp).
-typedef void Greedy(const bf16 *x, long rows, const void *screen, float *peaks, int64_t *places, int threads);
+typedef long Greedy(const bf16 *x, long rows, const void *screen, float *peaks, int64_t *places, int threads);
 // What is around the layers, where a call runs from tokens to logits.
 struct Ends {
   const int64_t *tokens;  // (rows,)
@@ -311,14 +311,17 @@ using namespace waypost;
 
 // Runs the layers that `order` (count,) names over h (rows, hidden), in place; weights in bfloat16 or fewer bits. k_pages and
 // v_pages have one pointer for each of the layer_count layers. With `ends`, h is where the hidden states go, and is read by nobody.
-extern "C" void EXPORT(run_layers)(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
+// Returns of how many rows the largest logit was asked for and is not known.
+extern "C" long EXPORT(run_layers)(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
                                    void *const *v_pages, const Step *step, const Ends *ends, Element *h, long rows, long hidden,
                                    int threads) {
   Pass<Element> pass(layers, layer_count, *step, h, rows, hidden);
 #pragma omp parallel num_threads(threads)
   pass.run(layers, order, count, k_pages, v_pages, ends);
-  if (!ends || ends->logits) return;
+  if (!ends || ends->logits) return 0;
   Clock clock(step->seconds);
-  ends->greedy((const bf16 *)ends->normed, ends->answers, ends->screen, ends->peaks, ends->places, threads);
+  const long unknown =
+      ends->greedy((const bf16 *)ends->normed, ends->answers, ends->screen, ends->peaks, ends->places, threads);
   clock.took(kHead);
+  return unknown;
 }
