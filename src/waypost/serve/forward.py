@@ -31,6 +31,7 @@ def run_spans(model: Decoder, kv: PagedKv, spans: Sequence[Span]) -> tuple[list[
     that stops short are kept on its sequence; the ledger itself is not touched.
     """
     last = len(model.config.layers)
+    ready = [s for s in spans if s.stop_layer == last and s.num_tokens == s.sequence.remaining]
     cuts = sorted({bound for s in spans for bound in (s.first_layer, s.stop_layer)})
     logits: Tensor | Likeliest | None = None
     for first, stop in pairwise(cuts):
@@ -39,9 +40,10 @@ def run_spans(model: Decoder, kv: PagedKv, spans: Sequence[Span]) -> tuple[list[
             continue
         batch, table, slots = build_batch(here)
         rows = Rows(batch, model.ops, kv.step(table, slots), _adapters(model, here))
-        wanted = _answered(here) if stop == last else None
-        if first == 0 and wanted is not None and model.at_once is not None and all(s.sequence.reader is None for s in here):
-            logits = _at_once(model.at_once, rows, wanted, here)
+        answers = stop == last and bool(ready)
+        wanted = _answered(here, ready) if answers else None
+        if first == 0 and answers and model.at_once is not None and all(s.sequence.reader is None for s in here):
+            logits = _at_once(model.at_once, rows, wanted, ready)
             if logits is not None:
                 break
         h = model.embed(batch) if first == 0 else torch.cat([_hidden(s.sequence) for s in here])
@@ -50,14 +52,13 @@ def run_spans(model: Decoder, kv: PagedKv, spans: Sequence[Span]) -> tuple[list[
             for span, part in zip(here, h.split([s.num_rows for s in here]), strict=True):
                 span.sequence.hidden = part
         else:
-            logits = None if wanted is None else model.head(h if len(wanted) == len(h) else h[wanted], rows)
+            logits = model.head(h if wanted is None else h[wanted], rows) if answers else None
             _read(model, h, rows, here)
-    return [s for s in spans if s.stop_layer == last and _completes(s)], logits
+    return ready, logits
 
 
-def _at_once(model: AtOnce, rows: Rows, wanted: Tensor, spans: Sequence[Span]) -> Tensor | Likeliest | None:
-    plain = all(s.sequence.answer.plain for s in spans if _completes(s))
-    largest = model.largest(rows, wanted) if plain else None
+def _at_once(model: AtOnce, rows: Rows, wanted: Tensor | None, ready: Sequence[Span]) -> Tensor | Likeliest | None:
+    largest = model.largest(rows, wanted) if all(s.sequence.answer.plain for s in ready) else None
     return model.logits(rows, wanted) if largest is None else Likeliest(*largest)
 
 
@@ -67,16 +68,13 @@ def _adapters(model: Decoder, spans: Sequence[Span]) -> StepAdapters | None:
     return None if store is None else store.step(model, users, [s.num_rows for s in spans])
 
 
-def _answered(spans: Sequence[Span]) -> Tensor | None:
-    """(n,) int64: the rows whose logits are wanted; None: no row's."""
-    complete = [_completes(s) for s in spans]
-    if not any(complete):
+def _answered(spans: Sequence[Span], ready: Sequence[Span]) -> Tensor | None:
+    """(n,) int64: the rows of `spans` whose logits are wanted, those of `ready` after all of their tokens; None: every row."""
+    counts = [s.num_rows for s in spans]
+    if len(ready) == len(spans) == sum(counts):
         return None
-    if all(complete) and all(s.num_rows == 1 for s in spans):
-        return torch.arange(len(spans))
-    ends = np.cumsum([s.num_rows for s in spans])
-    rows = [np.arange(end - 1 - len(s.draft), end) for s, end, whole in zip(spans, ends, complete) if whole]
-    return torch.from_numpy(np.concatenate(rows))
+    ends = dict(zip(map(id, spans), accumulate(counts)))
+    return torch.from_numpy(np.concatenate([np.arange(ends[id(s)] - 1 - len(s.draft), ends[id(s)]) for s in ready]))
 
 
 def _read(model: Decoder, h: Tensor, rows: Rows, spans: Sequence[Span]) -> None:
@@ -85,10 +83,6 @@ def _read(model: Decoder, h: Tensor, rows: Rows, spans: Sequence[Span]) -> None:
     for span, part in zip(spans, model.model.norm(h, rows).split([s.num_rows for s in spans]), strict=True):
         if span.sequence.reader is not None:
             span.sequence.reader.keep(span.sequence.num_computed, part, model)
-
-
-def _completes(span: Span) -> bool:
-    return span.num_tokens == span.sequence.remaining
 
 
 def _hidden(sequence: LiveSequence) -> Tensor:
