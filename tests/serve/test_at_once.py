@@ -15,7 +15,7 @@ from torch import Tensor
 
 from waypost.core.batch import Batch
 from waypost.kernels.build import available
-from waypost.kernels.layers.cpu import KINDS
+from waypost.kernels.layers.weights import KINDS
 from waypost.model.decoder import Decoder
 from waypost.model.linear.at_once import LayersAtOnce
 from waypost.model.rows import Rows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from waypost.kernels.layers.cpu import LayerAdapters, LayerTable, ModelEnds
+    from waypost.kernels.layers.weights import LayerAdapters, LayerTable, ModelEnds
     from waypost.kernels.low_rank.factors import Factors
     from waypost.kernels.vocabulary import Vocabulary
 
@@ -174,11 +174,16 @@ class RunModelOp(Protocol):
 
 
 class RunGreedyOp(Protocol):
-    """As RunModelOp, for `ends` with a screen -> LargestOp of the logits of `wanted`: (n,) and (n,)."""
+    """As RunModelOp, for `ends` with a screen -> LargestOp of the logits of `wanted`, for each of n `passes` (n, m) and (n, m).
+
+    A pass takes as its tokens the places that the pass before it has found, so more than one want every row. Of pages.slots,
+    `context`, `cos` and `sin` there is then one part a pass, one behind the other.
+    """
 
     def __call__(
         self, table: LayerTable, ends: ModelEnds, tokens: Tensor, wanted: Tensor | None, pages: Pages, starts: Tensor,
         context: Tensor, cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
+        passes: int = 1,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 

@@ -82,6 +82,11 @@ class AtOnce(Protocol):
         """Of each row of `logits` the largest (n,), in float32, NaN where there is one, and the first place (n,) with it."""
         ...
 
+    def passes(self, rows: Rows, positions: Tensor, context: Tensor, slots: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`largest` of n passes, (n, S) each; the tokens of a pass are what the one before has found. Positions, cached tokens
+        and slots of all of them (n, S); `rows` is the first, a row a sequence."""
+        ...
+
 
 class Decoder(nn.Module):
     """A decoder-only language model. Fresh parameters are uninitialised: call `initialise`, or load a checkpoint."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
 
@@ -28,7 +28,7 @@ from waypost.kernels import memory
 from waypost.kernels.ops import Kernel, Numerics
 from waypost.model.decoder import Decoder
 from waypost.model.tokenizer import Tokenizer
-from waypost.serve import loading
+from waypost.serve import loading, stride
 from waypost.serve.adapters import AdapterStore
 from waypost.serve.ahead import Ahead
 from waypost.serve.answer import Answer
@@ -219,8 +219,11 @@ class Engine:
     # The step
 
     @torch.inference_mode()
-    def step(self) -> list[Delta]:
-        """Runs one batch and draws a token for every sequence that is ready for one. Returns what is new."""
+    def step(self, most: int = 1) -> list[Delta]:
+        """Runs one batch and draws a token for every sequence that is ready for one. Returns what is new.
+
+        Decodes may do so up to `most` times before this returns (stride.py): for callers who wait for no single token.
+        """
         began = time.monotonic()
         for live in [live for live in self._live.values() if live.ends_s <= began]:
             self._end(live, "deadline")
@@ -231,24 +234,37 @@ class Engine:
             self.kv.expect(self.pool.highest)
             self._mark(spans, began)
             decodes = all(s.sequence.decoding for s in spans)
+            told: list[list[Delta]] = []
             try:
-                deltas += self._run(spans)
+                if most > 1 and self._undisturbed:
+                    told = stride.run(self.model, self.kv, self.scheduler, spans, most, self._computed, self._draw)
+                deltas += chain.from_iterable(told or [self._run(spans)])
             except Exception as error:
                 deltas += self._fail(spans, error)
-            self._stats.num_steps += 1
-            took_s = time.monotonic() - began
-            self._stats.step_s.observe(took_s)
+            took_s, count = time.monotonic() - began, max(1, len(told))
+            self._stats.num_steps += count
+            for _ in range(count):
+                self._stats.step_s.observe(took_s / count)
             if decodes:
                 self.drafts.observe(spans, took_s)
         return deltas
 
-    def _run(self, spans: list[Span]) -> list[Delta]:
-        ready, logits = run_spans(self.model, self.kv, spans)
-        last = len(self.model.config.layers)
-        self._stats.prompt_tokens += sum(s.num_tokens for s in spans if s.stop_layer == last and not s.sequence.decoding)
-        advance(spans, last)
+    @property
+    def _undisturbed(self) -> bool:
+        """Whether nothing but its tokens ends a sequence, and each gets one a pass."""
+        timeless = all(live.ends_s == math.inf for live in self._live.values())
+        return timeless and self._pending is None and self.drafts.drafter is None
+
+    def _computed(self, spans: Sequence[Span]) -> None:
+        advance(spans, len(self.model.config.layers))
         self.scheduler.index(spans)
         act(self.scheduler.ledger.kv_policy, spans, self.kv, self.pool)
+
+    def _run(self, spans: list[Span]) -> list[Delta]:
+        ready, logits = run_spans(self.model, self.kv, spans)
+        whole = (s for s in spans if s.stop_layer == len(self.model.config.layers) and not s.sequence.decoding)
+        self._stats.prompt_tokens += sum(s.num_tokens for s in whole)
+        self._computed(spans)
         if logits is None:
             return []
         drawing: list[LiveSequence] = []
@@ -375,7 +391,7 @@ class Engine:
         """Submits `ready` and steps until all of them are done."""
         mine = {self.submit(r) for r in ready}
         while mine & self._live.keys() or self._outbox:
-            yield from (delta for delta in self.step() if delta.request_id in mine)
+            yield from (delta for delta in self.step(stride.MOST) if delta.request_id in mine)
 
     def _abandon(self, request_id: str) -> None:
         if self._thread is not None:

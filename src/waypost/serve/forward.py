@@ -90,14 +90,15 @@ def _hidden(sequence: LiveSequence) -> Tensor:
     return sequence.hidden
 
 
-def build_batch(spans: Sequence[Span]) -> tuple[Batch, Tensor, Tensor]:
-    """-> (batch, table (S, max_pages) int32, slots (T,) int64): where each sequence's pages are, where each row's keys go.
+def build_batch(spans: Sequence[Span], beyond: int = 0) -> tuple[Batch, Tensor, Tensor]:
+    """-> (batch, table (S, max_pages) int32, slots (T,) int64): where each sequence's pages are, those of `beyond` more tokens
+    among them, and where each row's keys go.
 
     Numbers go through as few arrays as they can: after a pass the code that makes one has left the caches.
     """
     context = [s.sequence.num_slots for s in spans]
     counts = [s.num_rows for s in spans]
-    used = [s.sequence.pages[: pages_for(cached + count)] for s, cached, count in zip(spans, context, counts)]
+    used = [s.sequence.pages[: pages_for(cached + count + beyond)] for s, cached, count in zip(spans, context, counts)]
     sequences, most = len(spans), max(map(len, used))
     numbers = [0, *accumulate(counts), *context]
     for pages in used:

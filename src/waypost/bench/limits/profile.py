@@ -102,7 +102,7 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
     """Profiles `work` on an engine that has nothing else to do; peaks and steps in turn."""
     import torch
 
-    from waypost.kernels.layers.cpu import KINDS
+    from waypost.kernels.layers.weights import KINDS
     from waypost.measure.machine import matmul_flops, read_bandwidth
 
     model, once = engine.model, engine.model.at_once

@@ -63,15 +63,12 @@ class Screen:
         kernels(x).greedy(x.data_ptr(), len(x), self.address, peaks.data_ptr(), places.data_ptr(), torch.get_num_threads())
         return peaks, places
 
-    def complete(
-        self, x: Tensor, peaks: Tensor, places: Tensor, unknown: int, head: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """`peaks` and `places` of x (n, C), with the `unknown` that are missing from all logits, `head` (x) (n, V)."""
+    def complete(self, x: Tensor, peaks: Tensor, places: Tensor, unknown: int, head: Callable[[Tensor], Tensor]) -> None:
+        """Puts into `peaks` and `places` of x (n, C) the `unknown` that are missing, from all logits, `head` (x) (n, V)."""
         if unknown:
             rows = (places < 0).nonzero()[:, 0]
             peaks[rows], places[rows] = largest(head(x[rows]))
         self._known, self._unknown = self._known + len(x) - unknown, self._unknown + unknown
-        return peaks, places
 
     @property
     def helps(self) -> bool:

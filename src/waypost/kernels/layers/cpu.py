@@ -1,154 +1,19 @@
 """Whole layers in one call (layers.cpp): what the interpreter spends on the operators of a layer is spent once a step.
 
-Shapes: T rows, S sequences, C hidden_size, H query heads, G key/value heads, D head width, F intermediate_size.
+Shapes: T rows, S sequences, C hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import Array, Structure, addressof, byref, c_double, c_int, c_int32, c_long, c_void_p, cast
-from dataclasses import dataclass
-from typing import Any
+from ctypes import Array, addressof, byref, c_int32, c_void_p, cast
 
 import torch
 from torch import Tensor
 
 from waypost.kernels.call import kernels
-from waypost.kernels.greedy.cpu import Screen
-from waypost.kernels.linear.cpu import Packed
-from waypost.kernels.linear.quantized import QuantizedPanels
-from waypost.kernels.low_rank.factors import Factors
+from waypost.kernels.layers.weights import EndsRow, LayerAdapters, LayerTable, ModelEnds, StepRow, pointer, product_row
 from waypost.kernels.ops import Pages
-
-KINDS = ("norms", "products", "attention", "head")
-"""What a pass consists of, in the order in which its clock counts: norms with the residual sums; the products with weights,
-gated activations among them; attention with rotary positions and the way of keys and values to their pages; the product
-with the vocabulary, where a call goes that far."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """x W^T + b over a packed weight; one in few bits takes rows in bfloat16."""
-
-    weight: Packed | QuantizedPanels
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One layer: x + attention(norm(x)), then x + ffn(norm(x)). Vectors are in the dtype of the hidden states."""
-
-    attention_norm: Tensor
-    """(C,)"""
-    ffn_norm: Tensor
-    """(C,)"""
-    q_norm: Tensor | None
-    """(D,): RMSNorm of each query head before it is rotated; None: none."""
-    k_norm: Tensor | None
-    qkv: Product
-    """C -> (H + 2 G) D"""
-    out: Product
-    """H D -> C"""
-    gate_up: Product
-    """C -> 2 F"""
-    down: Product
-    """F -> C"""
-    heads: int
-    groups: int
-    width: int
-    window: int | None
-    scale: float
-    eps: float
-
-
-SITES = ("q", "k", "v", "out", "gate", "up", "down")
-"""The projections of a layer that adapters change, in the order of the kernel."""
-
-
-class LayerAdapters:
-    """What adapters add to all layers as the kernel reads it; `factors` are kept alive with it."""
-
-    def __init__(self, factors: Sequence[Sequence[Factors | None]]) -> None:
-        """The SITES of every layer, each with an entry for every adapter; None: it changes nothing there."""
-        self.factors = factors
-        self.count = len(factors[0])
-        pointers = [None if each is None else each.pointer for site in factors for each in site]
-        self.rows = (c_void_p * len(pointers))(*pointers)
-
-
-class _Product(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("panels", "scales", "bias")),
-        *((name, c_long) for name in ("pairs", "outputs", "group_pairs")),
-        ("bits", c_int),
-        ("share", c_void_p),
-    ]
-
-
-class _Layer(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
-        *((name, _Product) for name in ("qkv", "out", "gate_up", "down")),
-        *((name, c_int) for name in ("heads", "groups", "width", "window")),
-        *((name, c_double) for name in ("scale", "eps")),
-    ]
-
-
-class _Ends(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("tokens", "embedding", "norm")),
-        ("eps", c_double),
-        ("head", _Product),
-        ("wanted", c_void_p),
-        ("answers", c_long),
-        *((name, c_void_p) for name in ("normed", "logits", "greedy", "screen", "peaks", "places")),
-    ]
-
-
-class _Step(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("table", "starts", "context", "slots", "cosine", "sine")),
-        *((name, c_int) for name in ("table_width", "sequences")),
-        *((name, c_void_p) for name in ("seconds", "which", "factors")),
-        ("adapters", c_long),
-        ("share_low_rank", c_void_p),
-    ]
-
-
-class LayerTable:
-    """The weights of all layers as the kernel reads them; `weights` are kept alive with it."""
-
-    def __init__(self, weights: Sequence[LayerWeights]) -> None:
-        self.weights = list(weights)
-        self.seconds: Tensor | None = None
-        """(len(KINDS),) float64: each pass adds the seconds that its kinds of work took. None: nothing is timed."""
-        self.rows = (_Layer * len(self.weights))(*map(_layer, self.weights))
-        self.every = (c_int32 * len(self.weights))(*range(len(self.weights)))
-        """All of them, in their order."""
-        self._places: tuple[Sequence[Tensor], Sequence[Tensor], Any, Any] | None = None
-
-    def places(self, pages: Pages) -> tuple[Any, Any]:
-        """Where the keys and the values of each layer lie. A cache keeps its tensors, so they are looked up once."""
-        known = self._places
-        if known is None or known[0] is not pages.k_pages or known[1] is not pages.v_pages:
-            k, v = ((c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)) for tensors in (pages.k_pages, pages.v_pages))
-            self._places = known = pages.k_pages, pages.v_pages, k, v
-        return known[2:]
-
-
-@dataclass(frozen=True)
-class ModelEnds:
-    """What is around the layers. V vocab_size."""
-
-    embedding: Tensor
-    """(V, C), in the dtype of the hidden states."""
-    norm: Tensor
-    """(C,)"""
-    eps: float
-    head: Product
-    """C -> V"""
-    screen: Screen | None = None
-    """Of the head, for who asks for the likeliest token alone."""
 
 
 def run_layers(
@@ -156,7 +21,8 @@ def run_layers(
     which: Tensor | None = None, adapters: LayerAdapters | None = None,
 ) -> Tensor:  # fmt: skip
     out = h.clone(memory_format=torch.contiguous_format)
-    _run(table, (c_int32 * len(order))(*order), None, out, pages, starts, context, cos, sin, which, adapters)
+    step = _step(table, pages, starts, context, cos, sin, which, adapters, out)
+    _run(table, (c_int32 * len(order))(*order), None, out, pages, step)
     return out
 
 
@@ -168,73 +34,62 @@ def run_model(
     logits = torch.empty((len(normed), ends.head.weight.outputs), dtype=normed.dtype)
     around.logits = logits.data_ptr()
     h = torch.empty((len(tokens), normed.shape[1]), dtype=normed.dtype)
-    _run(table, table.every, around, h, pages, starts, context, cos, sin, which, adapters)
+    _run(table, table.every, around, h, pages, _step(table, pages, starts, context, cos, sin, which, adapters, h))
     return logits
 
 
 def run_greedy(
     table: LayerTable, ends: ModelEnds, tokens: Tensor, wanted: Tensor | None, pages: Pages, starts: Tensor, context: Tensor,
-    cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
+    cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None, passes: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     screen = ends.screen
     assert screen is not None, "only a head with a screen is asked for the likeliest token alone"
     around, normed, wanted = _around(ends, tokens, wanted)
-    peaks, places = torch.empty(len(normed), dtype=torch.float32), torch.empty(len(normed), dtype=torch.int64)
+    peaks = torch.empty((passes, len(normed)), dtype=torch.float32)
+    places = torch.empty((passes, len(normed)), dtype=torch.int64)
     around.greedy, around.screen = screen.function, screen.address
-    around.peaks, around.places = peaks.data_ptr(), places.data_ptr()
     h = torch.empty((len(tokens), normed.shape[1]), dtype=normed.dtype)
-    unknown = _run(table, table.every, around, h, pages, starts, context, cos, sin, which, adapters)
-    return screen.complete(normed, peaks, places, unknown, ends.head.weight)
+    step = _step(table, pages, starts, context, cos, sin, which, adapters, h)
+    for peak, place in zip(peaks, places, strict=True):
+        around.peaks, around.places = peak.data_ptr(), place.data_ptr()
+        screen.complete(normed, peak, place, _run(table, table.every, around, h, pages, step), ends.head.weight)
+        around.tokens = place.data_ptr()  # of the next pass, whose other numbers lie behind those of this one
+        step.context += context.element_size() * step.sequences
+        step.slots += pages.slots.element_size() * len(tokens)
+        step.cosine += cos.element_size() * cos.shape[1] * len(tokens)
+        step.sine += sin.element_size() * sin.shape[1] * len(tokens)
+    return peaks, places
 
 
-def _around(ends: ModelEnds, tokens: Tensor, wanted: Tensor | None) -> tuple[_Ends, Tensor, Tensor | None]:
+def _around(ends: ModelEnds, tokens: Tensor, wanted: Tensor | None) -> tuple[EndsRow, Tensor, Tensor | None]:
     """-> (the structure without what is asked for, where the rows (n, C) go that the head takes, `wanted` as it is read)."""
     wanted = None if wanted is None else wanted.contiguous()
     normed = torch.empty((len(tokens) if wanted is None else len(wanted), ends.norm.shape[0]), dtype=ends.norm.dtype)
-    around = _Ends(
-        tokens.data_ptr(), ends.embedding.data_ptr(), ends.norm.data_ptr(), ends.eps, _product(ends.head), _pointer(wanted),
+    around = EndsRow(
+        tokens.data_ptr(), ends.embedding.data_ptr(), ends.norm.data_ptr(), ends.eps, product_row(ends.head), pointer(wanted),
         len(normed), normed.data_ptr(),
     )  # fmt: skip
     return around, normed, wanted
 
 
-def _run(
-    table: LayerTable, order: Array[c_int32], ends: _Ends | None, h: Tensor, pages: Pages, starts: Tensor, context: Tensor,
-    cos: Tensor, sin: Tensor, which: Tensor | None, adapters: LayerAdapters | None,
-) -> int:  # fmt: skip
-    """-> of how many rows the largest logit was asked for and is not known."""
-    step = _Step(
-        *(x.data_ptr() for x in (pages.table, starts, context, pages.slots, cos, sin)), pages.table.shape[1], context.shape[0],
-        _pointer(table.seconds), _pointer(which),
+def _step(
+    table: LayerTable, pages: Pages, starts: Tensor, context: Tensor, cos: Tensor, sin: Tensor, which: Tensor | None,
+    adapters: LayerAdapters | None, h: Tensor,
+) -> StepRow:  # fmt: skip
+    step = StepRow(
+        *(x.data_ptr() for x in (pages.table, starts, context, pages.slots, cos, sin)), pages.table.shape[1], len(starts) - 1,
+        pointer(table.seconds), pointer(which),
     )  # fmt: skip
     if adapters is not None:
         step.factors, step.adapters = addressof(adapters.rows), adapters.count
         step.share_low_rank = cast(kernels(h).share_low_rank, c_void_p)
+    return step
+
+
+def _run(table: LayerTable, order: Array[c_int32], ends: EndsRow | None, h: Tensor, pages: Pages, step: StepRow) -> int:
+    """-> of how many rows the largest logit was asked for and is not known."""
     unknown: int = kernels(h).run_layers(
         table.rows, len(table.weights), order, len(order), *table.places(pages), byref(step),
         None if ends is None else byref(ends), h.data_ptr(), *h.shape, torch.get_num_threads(),
     )  # fmt: skip
     return unknown
-
-
-def _layer(weights: LayerWeights) -> _Layer:
-    norms = (weights.attention_norm, weights.ffn_norm, weights.q_norm, weights.k_norm)
-    products = (weights.qkv, weights.out, weights.gate_up, weights.down)
-    return _Layer(
-        *map(_pointer, norms), *map(_product, products), weights.heads, weights.groups, weights.width, weights.window or 0,
-        weights.scale, weights.eps,
-    )  # fmt: skip
-
-
-def _product(product: Product) -> _Product:
-    weight, bias = product.weight, _pointer(product.bias)
-    panels, pairs = weight.panels.data_ptr(), -(-weight.inputs // 2)
-    if isinstance(weight, Packed):
-        return _Product(panels, None, bias, pairs, weight.outputs, pairs, 16, None)
-    share = cast(kernels(weight.scales).share_quantized, c_void_p)
-    scales, group_pairs = weight.scales.data_ptr(), weight.group_size // 2
-    return _Product(panels, scales, bias, pairs, weight.outputs, group_pairs, weight.bits, share)
-
-
-def _pointer(vector: Tensor | None) -> int | None:
-    return None if vector is None else vector.data_ptr()

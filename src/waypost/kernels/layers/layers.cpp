@@ -29,7 +29,7 @@
 namespace waypost {
 namespace {
 
-// The structures of kernels/layers/cpu.py. A null pointer is a bias or a norm that is not there.
+// The structures of kernels/layers/weights.py. A null pointer is a bias or a norm that is not there.
 struct Product {
   const void *panels, *scales, *bias;
   long pairs, outputs, group_pairs;

@@ -13,13 +13,14 @@ Shapes: T rows, C hidden_size, D head width.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from waypost.kernels.greedy.cpu import Screen, fits, pays
-from waypost.kernels.layers.cpu import LayerAdapters, LayerTable, LayerWeights, ModelEnds, Product
+from waypost.kernels.layers.weights import LayerAdapters, LayerTable, LayerWeights, ModelEnds, Product
 from waypost.kernels.linear.cpu import Packed
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.quantized import QuantizedPanels
@@ -29,6 +30,7 @@ from waypost.model.decoder import Decoder, Layer
 from waypost.model.linear.dense import Linear
 from waypost.model.linear.fused import FusedAttention, FusedFfn
 from waypost.model.norm.rms import RmsNorm
+from waypost.model.position.rope import angles
 from waypost.model.rows import RowAdapters, Rows
 
 # Asked of every parameter in every step; with map it takes a third of a comprehension's time.
@@ -69,9 +71,27 @@ class LayersAtOnce:
     def largest(self, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor] | None:  # wanted (n,) -> (n,), (n,)
         """LargestOp of `logits`, without computing most of them; None where that is not possible or would not pay."""
         pages = self._pages(rows)
-        if pages is None or self._ends is None or self._ends.screen is None or not self._ends.screen.helps:
+        if pages is None or self._screened is None:
             return None
-        return self._run_greedy(self._table, self._ends, rows.batch.tokens, wanted, pages, *self._where(rows))
+        found = self._run_greedy(self._table, self._screened, rows.batch.tokens, wanted, pages, *self._where(rows))
+        return found[0][0], found[1][0]
+
+    def passes(self, rows: Rows, positions: Tensor, context: Tensor, slots: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`largest` again and again, each pass over the tokens that the one before has found: (n, S) and (n, S) of n passes
+        whose `positions`, `context` and `slots` (n, S) are these. `rows` is the first, a row a sequence, without adapters."""
+        pages = self._pages(rows)
+        if pages is None or self._screened is None:
+            return None
+        tokens, starts, pages = rows.batch.tokens, rows.batch.starts, replace(pages, slots=slots.contiguous())
+        cos, sin = angles(self._model[0].config.rope, self._table.weights[0].width, positions.flatten())
+        return self._run_greedy(
+            self._table, self._screened, tokens, None, pages, starts, context.contiguous(), cos, sin, passes=len(positions)
+        )
+
+    @property
+    def _screened(self) -> ModelEnds | None:
+        """The ends, where their screen is there and helps."""
+        return self._ends if self._ends is not None and self._ends.screen is not None and self._ends.screen.helps else None
 
     def _pages(self, rows: Rows) -> Pages | None:
         """Where keys and values go, the table of weights brought up to date; None: the pass is not for this."""
@@ -89,7 +109,7 @@ class LayersAtOnce:
         return rows.batch.starts, rows.batch.context, cos, sin, which, adapted
 
     def time_into(self, seconds: Tensor | None) -> None:
-        """From now on each pass adds to `seconds` (len(KINDS),) float64 what its kinds of work took (kernels/layers/cpu.py)."""
+        """From now on each pass adds to `seconds` (len(KINDS),) float64 what its kinds of work took (layers/weights.py)."""
         self._seconds = self._table.seconds = seconds
 
     def _adapted(self, adapters: RowAdapters) -> LayerAdapters:
@@ -169,7 +189,7 @@ def _layer(layer: Layer, linear: PackedLinear, dtype: torch.dtype) -> LayerWeigh
 
 
 def _sites(layer: nn.Module) -> list[Linear]:
-    """The projections of a layer in the order of kernels/layers/cpu.py."""
+    """The projections of a layer in the order of kernels/layers/weights.py."""
     attention, ffn = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
     assert isinstance(attention, FusedAttention)
     assert isinstance(ffn, FusedFfn)

@@ -22,6 +22,7 @@ from waypost.core.errors import ConfigError, WaypostError
 from waypost.core.progress import progress
 from waypost.keep.disk import replace_file
 from waypost.model.tokenizer import Tokenizer
+from waypost.serve import stride
 from waypost.serve.api.access import ANYONE
 from waypost.serve.api.errors import ApiError, bad_request, unknown_model
 from waypost.serve.api.jobs import Job, chat_job, completion_job, head_of
@@ -161,7 +162,7 @@ class Batch:
                 refusal = self._start(line)
                 if refusal is not None:
                     yield refusal
-            for delta in self._engine.step():
+            for delta in self._engine.step(stride.MOST):
                 finished = self._take(delta)
                 if finished is not None:
                     yield finished

@@ -1,0 +1,78 @@
+"""Several decoding steps in one go, where nobody waits for the tokens in between.
+
+Between two steps the interpreter takes about a millisecond, in which no product runs. Sequences that take the likeliest token
+need nothing of it: each pass gets its tokens from the one before, and what was drawn is told afterwards. The passes are those
+of single steps, so the bits are too. A sequence that ends on the way has been computed a little further for nothing.
+
+Shapes: S sequences, n passes, P tokens a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from waypost.kernels.ops import PAGE_TOKENS as P
+from waypost.model.decoder import Decoder
+from waypost.model.rows import Rows
+from waypost.serve.forward import build_batch
+from waypost.serve.ledger import LiveSequence
+from waypost.serve.pages import PagedKv
+from waypost.serve.request import Delta
+from waypost.serve.sampling import Likeliest
+from waypost.serve.scheduler import Scheduler
+from waypost.serve.scheduling import Span
+
+MOST = 8
+"""Passes in one go: of what the interpreter takes, most is saved, and an end that was not seen coming costs little."""
+
+
+def run(
+    model: Decoder, kv: PagedKv, scheduler: Scheduler, spans: Sequence[Span], most: int,
+    computed: Callable[[list[Span]], None], draw: Callable[[Likeliest, list[LiveSequence], list[int]], list[Delta]],
+) -> list[list[Delta]]:  # fmt: skip
+    """Up to `most` passes of `spans`, where the next steps would run the same again; what each of them told, of each sequence
+    up to its end. [] where something stands in the way, and then nothing has happened.
+
+    `computed` writes down that spans have run, `draw(likeliest, sequences, rows)` gives a token to each.
+    """
+    count = _grant(spans, scheduler, most)
+    kv.expect(scheduler.pool.highest)
+    told: list[list[Delta]] = []
+    for likeliest in _passes(model, kv, spans, count) if count > 1 else []:
+        alive = [i for i, span in enumerate(spans) if span.sequence.pages]  # a sequence that ended has none
+        computed([spans[i] for i in alive])
+        told.append(draw(likeliest, [spans[i].sequence for i in alive], alive))
+    for span in spans:  # pages that were not needed go back; the passes after the first count as the user's turn
+        scheduler.trim(span, max(1, len(told)) - 1)
+    return told
+
+
+def _grant(spans: Sequence[Span], scheduler: Scheduler, most: int) -> int:
+    """How many passes may run, 1 to `most`; the pages for them are held when this returns."""
+    ledger = scheduler.ledger
+    if ledger.waiting or len(spans) < len(ledger.running) or not all(_plain(s, ledger.num_layers) for s in spans):
+        return 1
+    for span in spans:
+        answer = span.sequence.answer
+        most = min(most, answer.max_tokens - answer.num_tokens)
+        most = 1 + len(scheduler.make_room(span, [0] * (most - 1)))
+    return most
+
+
+def _plain(span: Span, num_layers: int) -> bool:
+    s = span.sequence
+    decode = s.decoding and not (span.draft or span.first_layer) and span.stop_layer == num_layers
+    return decode and not s.siblings and s.reader is None and s.adapter is None and s.answer.plain
+
+
+def _passes(model: Decoder, kv: PagedKv, spans: Sequence[Span], count: int) -> list[Likeliest]:
+    if model.at_once is None:
+        return []
+    batch, table, slots = build_batch(spans, beyond=count - 1)
+    steps = torch.arange(count)[:, None]
+    positions, context = batch.positions + steps, batch.context + steps.int()  # (n, S)
+    places = (table.t().gather(0, context.long() // P) * P + context % P).long()
+    found = model.at_once.passes(Rows(batch, model.ops, kv.step(table, slots)), positions, context, places)
+    return [] if found is None else [Likeliest(*each) for each in zip(*found, strict=True)]

@@ -1,0 +1,161 @@
+"""Several decoding steps in one go give the tokens, the ends and the books of single steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from once_cases import served
+from serve_cases import make_engine, prompt_of
+
+from waypost.core.errors import WaypostError
+from waypost.kernels.build import available
+from waypost.model.decoder import Decoder
+from waypost.model.linear import at_once
+from waypost.model.linear.at_once import LayersAtOnce
+from waypost.serve import stride
+from waypost.serve.engine import Engine
+from waypost.serve.request import Delta, Request
+from waypost.serve.sampling import Sampling
+
+pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler here and no library from a wheel; naive is used")
+
+GREEDY = Sampling(temperature=0.0, max_tokens=21)
+
+
+@pytest.fixture(scope="module", params=["gqa", "window", "panels"])
+def model(request: pytest.FixtureRequest) -> Decoder:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at_once, "pays", lambda weight: True)
+        return served(request.param)
+
+
+Ended = dict[str, tuple[list[int], str | None]]
+
+
+def drive(engine: Engine, requests: list[Request], most: int) -> tuple[Ended, int]:
+    """What each request came to, and the number of calls."""
+    for request in requests:
+        engine.submit(request)
+    tokens: dict[str, list[int]] = {str(request.id): [] for request in requests}
+    reasons: dict[str, str | None] = {}
+    calls = 0
+    while not engine.idle:
+        deltas: list[Delta] = engine.step(most)
+        calls += 1
+        for delta in deltas:
+            tokens[delta.request_id] += [draw.token_id for draw in delta.tokens]
+            if delta.finish_reason is not None:
+                assert delta.request_id not in reasons
+                reasons[delta.request_id] = delta.finish_reason
+        engine.scheduler.check()
+    return {name: (found, reasons[name]) for name, found in tokens.items()}, calls
+
+
+def asked(samplings: list[Sampling], lengths: list[int]) -> list[Request]:
+    return [Request(prompt_of(n, i), s, id=f"r{i}") for i, (s, n) in enumerate(zip(samplings, lengths, strict=True))]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    tokens=st.lists(st.integers(1, 40), min_size=6, max_size=6),
+    most=st.sampled_from([2, 3, 8, 50]),
+    num_pages=st.sampled_from([8, 24, 64]),
+    stops=st.booleans(),
+)
+def test_tokens_and_ends_are_those_of_single_steps(
+    model: Decoder, lengths: list[int], tokens: list[int], most: int, num_pages: int, stops: bool
+) -> None:
+    """Answers of unequal lengths, some of which end of themselves, on more pages than they need and on fewer."""
+    plain = drive(make_engine(model), asked([replace(GREEDY, max_tokens=n, ignore_eos=True) for n in tokens], [9] * 6), 1)[0]
+    ends = sorted({found[len(found) // 2] for found, _ in plain.values()}) if stops else []
+    samplings = [replace(GREEDY, max_tokens=n, stop_token_ids=ends) for n in tokens[: len(lengths)]]
+    requests = asked(samplings, lengths)
+    one, many = make_engine(model, num_pages=num_pages), make_engine(model, num_pages=num_pages)
+    want, calls = drive(one, requests, 1)
+    got, fewer = drive(many, requests, most)
+    assert got == want
+    assert fewer <= calls
+    for engine in (one, many):
+        assert engine.pool.held == 0
+    assert many.stats().generated_tokens == one.stats().generated_tokens
+
+
+def test_it_takes_as_many_steps_at_a_time_as_it_may(model: Decoder) -> None:
+    requests = asked([replace(GREEDY, ignore_eos=True)] * 3, [4, 5, 6])
+    assert drive(make_engine(model), requests, 1)[1] == 21
+    assert drive(make_engine(model), requests, 8)[1] == 1 + 3  # prompts, and 20 tokens by eights
+    engine = make_engine(model)
+    drive(engine, requests, 8)
+    stats = engine.stats()
+    assert (stats.num_steps, stats.step_s.count, stats.generated_tokens) == (21, 21, 63)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"temperature": 1.0, "seed": 3}, {"logprobs": 0}, {"repetition_penalty": 1.5}, {"min_tokens": 20}]
+)
+def test_who_wants_more_than_the_likeliest_token_gets_single_steps(model: Decoder, changes: dict[str, float]) -> None:
+    wish = replace(GREEDY, ignore_eos=True, **changes)  # type: ignore[arg-type]
+    assert drive(make_engine(model), asked([GREEDY, wish], [4, 5]), 8)[1] >= 18
+
+
+def test_deadlines_are_looked_at_between_single_steps(model: Decoder) -> None:
+    engine = make_engine(model)
+    request = replace(asked([replace(GREEDY, ignore_eos=True)], [4])[0], deadline_s=1000.0)
+    assert drive(engine, [request], 8)[1] == 21
+
+
+def test_a_second_request_finds_the_pages_of_the_first(model: Decoder) -> None:
+    """What was computed in one go is in the prefix cache as what was computed step by step."""
+    wish = replace(GREEDY, ignore_eos=True, max_tokens=40)
+    one, many = make_engine(model), make_engine(model)
+    answers = []
+    for engine, most in ((one, 1), (many, 8)):
+        first = drive(engine, asked([wish], [20]), most)[0]["r0"][0]
+        again = [Request([*prompt_of(20, 0), *first, 5], wish, id="again")]
+        answers.append((first, drive(engine, again, most)[0]["again"]))
+        assert engine.scheduler.prefix_hits == 48
+    assert answers[0] == answers[1]
+
+
+def test_what_fails_on_the_way_fails_its_request(model: Decoder) -> None:
+    """One of two sequences meets a token whose embedding is not a number."""
+    prompts = [prompt_of(6, 1), prompt_of(6, 2)]
+    wish = replace(GREEDY, ignore_eos=True)
+    found = [c.token_ids for c in make_engine(model).generate(prompts, wish)]
+    bad = next((t for t in found[0] if t not in (*found[1], *prompts[0], *prompts[1])), None)
+    if bad is None:
+        pytest.skip("both answers have the same tokens")
+    weight, kept = model.model.embed_tokens.weight, model.model.embed_tokens.weight.detach().clone()
+    engine = make_engine(model)
+    try:
+        with torch.no_grad():
+            weight[bad] = float("nan")
+        with pytest.raises(WaypostError, match="not finite"):
+            engine.generate(prompts, wish)
+        engine.scheduler.check()
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def test_without_a_screen_every_step_is_a_single_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at_once, "pays", lambda weight: False)
+    plain = served("gqa")
+    assert isinstance(plain.at_once, LayersAtOnce)
+    requests = asked([replace(GREEDY, ignore_eos=True)] * 2, [4, 20])
+    got, calls = drive(make_engine(plain), requests, 8)
+    assert calls == 21
+    assert got == drive(make_engine(plain), requests, 1)[0]
+
+
+def test_generate_takes_several_at_a_time(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    run = stride.run
+    monkeypatch.setattr(stride, "run", lambda *args: seen.append(len(found := run(*args))) or found)
+    make_engine(model).generate([prompt_of(5, 1)], replace(GREEDY, ignore_eos=True))
+    assert seen == [0, 8, 8, 4]
