@@ -83,6 +83,8 @@ def test_the_page_says_what_a_promise_would_need() -> None:
     told = Profile(Work("16 streams", ("near", "edge", "far", "never"), 64, 16), parts, PEAKS)
     assert told.seconds == pytest.approx(0.040)
     assert told.least_s == pytest.approx(0.010 + 0.005), "products by operations, attention by bytes"
+    in_bytes = Part("head", 0.001, flops=1e7, moved_bytes=100.0, pace=2.0)
+    assert in_bytes.least_s(PEAKS) == pytest.approx(parts[0].least_s(PEAKS) / 2)
     receipts = {
         name: {"baseline": {"median": median}, "floor": 2.0, "ratio": 1.5, "when": "then", "commit": f"of-{name}",
                "roofline": {"peak_flops": peak}, "machine": {**FACTS, "cpu": cpu}}

@@ -61,10 +61,12 @@ class Part:
     seconds: float
     flops: float = 0.0
     moved_bytes: float = 0.0
+    pace: float = 1.0
+    """How many of its operations take the time of one in bfloat16."""
 
     def least_s(self, peaks: Peaks) -> float:
         """Seconds that the machine needs for it at least."""
-        return max(self.flops / peaks.flops, self.moved_bytes / peaks.read_bytes)
+        return max(self.flops / (self.pace * peaks.flops), self.moved_bytes / peaks.read_bytes)
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
 
     from waypost.kernels.layers.weights import KINDS
     from waypost.measure.machine import matmul_flops, read_bandwidth
+    from waypost.model.linear.at_once import LayersAtOnce
 
-    model, once = engine.model, engine.model.at_once
-    if once is None or not hasattr(once, "time_into"):
+    once = engine.model.at_once
+    if not isinstance(once, LayersAtOnce):
         raise ConfigError("limits are measured where all layers run in one call: a dense model in bfloat16, compiled kernels")
     seconds = torch.zeros(len(KINDS), dtype=torch.float64)
     once.time_into(seconds)
@@ -125,7 +128,7 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
     steps.sort()
     quick = steps[: max(3, int(len(steps) * QUICKEST))]
     whole, *kinds = (statistics.fmean(column) for column in zip(*quick, strict=True))
-    parts = _parts(model.config, work, dict(zip(KINDS, kinds, strict=True)), whole, min(draws))
+    parts = _parts(engine.model.config, work, dict(zip(KINDS, kinds, strict=True)), whole, min(draws), once.screened)
     return Profile(work, parts, Peaks(max(flops), max(read)))
 
 
@@ -164,19 +167,25 @@ def _product_flops() -> float:
 
 
 def _draw_s(engine: Engine, work: Work) -> float:
-    """Seconds of drawing from a step's logits, alone and at best."""
+    """Seconds of drawing from what a step's head gives, alone and at best."""
     import torch
 
     from waypost.measure.machine import best_seconds
-    from waypost.serve.sampling import Ask, Sampling, sample
+    from waypost.model.linear.at_once import LayersAtOnce
+    from waypost.serve.sampling import Ask, Likeliest, Sampling, sample
 
     model, greedy = engine.model, Sampling(temperature=0.0)
     asks = [Ask(greedy, seed=0, choice=i, position=9) for i in range(work.heads)]
     logits = torch.linspace(-1, 1, work.heads * model.config.vocab_size).view(work.heads, -1).to(model.dtype)
-    return best_seconds(lambda: sample(logits, asks, model.ops))
+    given = (
+        Likeliest(*model.ops.largest(logits)) if isinstance(once := model.at_once, LayersAtOnce) and once.screened else logits
+    )
+    return best_seconds(lambda: sample(given, asks, model.ops))
 
 
-def _parts(config: ModelConfig, work: Work, taken: Mapping[str, float], whole: float, draw_s: float) -> list[Part]:
+def _parts(
+    config: ModelConfig, work: Work, taken: Mapping[str, float], whole: float, draw_s: float, screened: bool
+) -> list[Part]:
     from waypost.measure.flops import decode_flops, forward_flops, mean_keys
     from waypost.model.mixer import Attention
 
@@ -195,7 +204,9 @@ def _parts(config: ModelConfig, work: Work, taken: Mapping[str, float], whole: f
         Part("products of the layers, gates", taken["products"], work.rows * products, products),
         Part("attention, rotary positions", taken["attention"], work.rows * attention, cached),
         Part("norms", taken["norms"]),
-        Part("the head", taken["head"], work.heads * head, head),
+        Part("the head, in bytes", taken["head"], work.heads * head, head / 2, pace=2.0)
+        if screened
+        else Part("the head", taken["head"], work.heads * head, head),
         Part("drawing", draw_s),
         Part("scheduler, batch, requests, interpreter", rest),
     ]

@@ -89,6 +89,11 @@ class LayersAtOnce:
         )
 
     @property
+    def screened(self) -> bool:
+        """Whether `largest` and `passes` are to be had."""
+        return self._screened is not None
+
+    @property
     def _screened(self) -> ModelEnds | None:
         """The ends, where their screen is there and helps."""
         return self._ends if self._ends is not None and self._ends.screen is not None and self._ends.screen.helps else None
