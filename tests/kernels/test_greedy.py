@@ -12,7 +12,7 @@ from torch import Tensor
 
 from waypost.core.errors import ShapeError
 from waypost.kernels import build
-from waypost.kernels.greedy.cpu import PATIENCE, Screen, fits
+from waypost.kernels.greedy.cpu import REMEMBERED, RETRY, Screen, fits
 from waypost.kernels.largest.cpu import largest
 from waypost.kernels.linear.cpu import pack
 
@@ -132,7 +132,7 @@ def test_numbers_that_no_bound_holds_for(special: float) -> None:
 
 
 def test_with_too_many_in_question_it_says_so_and_is_given_up() -> None:
-    weight, x = torch.ones(9000, 16).bfloat16(), torch.ones(PATIENCE + 1, 16).bfloat16()
+    weight, x = torch.ones(9000, 16).bfloat16(), torch.ones(REMEMBERED, 16).bfloat16()
     screen = Screen(weight)
     found = screen(x)
     assert (found[1] == -1).all()
@@ -141,7 +141,18 @@ def test_with_too_many_in_question_it_says_so_and_is_given_up() -> None:
     peaks, places = found
     assert peaks.tolist() == [16.0] * len(x)
     assert not places.any()
-    assert not screen.helps
+    assert [screen.helps for _ in range(RETRY + 1)] == [False] * RETRY + [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_type_of_the_process_is_nobodys_business(dtype: torch.dtype) -> None:
+    source = torch.Generator().manual_seed(5)
+    weight, x = torch.randn(900, 64, generator=source).bfloat16(), torch.randn(4, 64, generator=source).bfloat16()
+    torch.set_default_dtype(dtype)
+    try:
+        assert check(weight, x).all()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_the_bits_do_not_depend_on_threads_or_rows_beside() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -88,11 +89,11 @@ def test_tokens_and_ends_are_those_of_single_steps(
 def test_it_takes_as_many_steps_at_a_time_as_it_may(model: Decoder) -> None:
     requests = asked([replace(GREEDY, ignore_eos=True)] * 3, [4, 5, 6])
     assert drive(make_engine(model), requests, 1)[1] == 21
-    assert drive(make_engine(model), requests, 8)[1] == 1 + 3  # prompts, and 20 tokens by eights
+    assert drive(make_engine(model), requests, 8)[1] == 6, "1 of the prompt, 1, 2, 4, 8 and 5 that are left"
     engine = make_engine(model)
     drive(engine, requests, 8)
     stats = engine.stats()
-    assert (stats.num_steps, stats.step_s.count, stats.generated_tokens) == (21, 21, 63)
+    assert (stats.num_steps, stats.step_s.count, stats.step_tokens.count, stats.generated_tokens) == (21, 21, 21, 63)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,45 @@ def test_without_a_screen_every_step_is_a_single_one(monkeypatch: pytest.MonkeyP
 def test_generate_takes_several_at_a_time(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     run = stride.run
-    monkeypatch.setattr(stride, "run", lambda *args: seen.append(len(found := run(*args))) or found)
+
+    def watched(*args: Any) -> int:
+        seen.append(run(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(stride, "run", watched)
     make_engine(model).generate([prompt_of(5, 1)], replace(GREEDY, ignore_eos=True))
-    assert seen == [0, 8, 8, 4]
+    assert seen == [0, 0, 2, 4, 8, 5]
+
+
+def test_what_was_told_before_a_failure_is_told(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One answer ends in a pass before the one in which the books of the other cannot be kept."""
+    wish = replace(GREEDY, ignore_eos=True)
+    engine = make_engine(model)
+    index, calls = engine.scheduler.index, iter(range(100))
+
+    def failing(spans: Any) -> None:
+        if next(calls) == 15:
+            raise RuntimeError("as if a page were lost")
+        index(spans)
+
+    monkeypatch.setattr(engine.scheduler, "index", failing)
+    requests = asked([wish, wish], [4, 5])
+    first = drive(make_engine(model), requests, 1)[0]["r0"][0]
+    ends = replace(wish, stop_token_ids=[first[9]])
+    short, long = drive(engine, [replace(requests[0], sampling=ends), requests[1]], 8)[0].values()
+    assert short == (first[: first.index(first[9]) + 1], "stop")
+    assert long[1] == "error"
+    assert engine.pool.held == 0
+
+
+def test_turns_are_charged_as_by_single_steps(model: Decoder) -> None:
+    wish = replace(GREEDY, ignore_eos=True)
+    charged = []
+    for most in (1, 8):
+        engine = make_engine(model)
+        for request in asked([wish, replace(wish, max_tokens=9)], [4, 5]):
+            engine.submit(replace(request, user=str(request.id)))
+        while len(engine._live) == 2:
+            engine.step(most)
+        charged.append(engine.scheduler.turns.served)
+    assert charged[0] == charged[1]

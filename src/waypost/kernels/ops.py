@@ -176,8 +176,8 @@ class RunModelOp(Protocol):
 class RunGreedyOp(Protocol):
     """As RunModelOp, for `ends` with a screen -> LargestOp of the logits of `wanted`, for each of n `passes` (n, m) and (n, m).
 
-    A pass takes as its tokens the places that the pass before it has found, so more than one want every row. Of pages.slots,
-    `context`, `cos` and `sin` there is then one part a pass, one behind the other.
+    A pass takes as its tokens the places that the pass before it has found: more than one need `wanted` None and a row a
+    sequence, and of pages.slots, `context`, `cos` and `sin` a part each, one behind the other.
     """
 
     def __call__(

@@ -78,6 +78,11 @@ class AtOnce(Protocol):
         """The whole model: (n, V) of the rows `wanted` (n,), None: of all."""
         ...
 
+    @property
+    def screened(self) -> bool:
+        """Whether `largest` and `passes` are to be had of a pass over pages; else they are None."""
+        ...
+
     def largest(self, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Of each row of `logits` the largest (n,), in float32, NaN where there is one, and the first place (n,) with it."""
         ...

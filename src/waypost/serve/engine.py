@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 
@@ -234,17 +234,16 @@ class Engine:
             self.kv.expect(self.pool.highest)
             self._mark(spans, began)
             decodes = all(s.sequence.decoding for s in spans)
-            told: list[list[Delta]] = []
+            count, size = 0, self.scheduler.ledger.tokens(spans)
             try:
                 if most > 1 and self._undisturbed:
-                    told = stride.run(self.model, self.kv, self.scheduler, spans, most, self._computed, self._draw)
-                deltas += chain.from_iterable(told or [self._run(spans)])
+                    told = deltas, self._computed, self._draw
+                    count = stride.run(self.model, self.kv, self.scheduler, spans, most, *told)
+                deltas += self._run(spans) if count == 0 else []
             except Exception as error:
                 deltas += self._fail(spans, error)
-            took_s, count = time.monotonic() - began, max(1, len(told))
-            self._stats.num_steps += count
-            for _ in range(count):
-                self._stats.step_s.observe(took_s / count)
+            took_s, count = time.monotonic() - began, max(1, count)
+            self._stats.steps(count, took_s, size)
             if decodes:
                 self.drafts.observe(spans, took_s)
         return deltas
@@ -293,8 +292,7 @@ class Engine:
         return [self._take(sequence, draw, now) for sequence, draw in zip(sequences, draws, strict=True)]
 
     def _mark(self, spans: list[Span], now: float) -> None:
-        """Notes the size of the step and whose first it is."""
-        self._stats.step_tokens.observe(self.scheduler.ledger.tokens(spans))
+        """Notes whose first step it is."""
         for sequence in (s.sequence for s in spans if s.sequence.began_s is None):
             for choice in (sequence, *sequence.siblings):
                 choice.began_s = now

@@ -63,12 +63,20 @@ class Stats:
     step_s: Histogram = field(default_factory=Histogram)
     time_to_first_token_s: Histogram = field(default_factory=Histogram)
     inter_token_s: Histogram = field(default_factory=Histogram)
+    """Between the tokens of a choice as they are handed out: several at a time where nobody waits for single ones."""
     queue_s: Histogram = field(default_factory=Histogram)
     """From a choice's submission to its first span."""
     prefill_s: Histogram = field(default_factory=Histogram)
     """From a choice's first span to its first token."""
     step_tokens: Histogram = field(default_factory=lambda: Histogram(TOKEN_BUCKETS))
     """Tokens computed in a step; those that went through a part of the layers count for that part."""
+
+    def steps(self, count: int, took_s: float, tokens: float) -> None:
+        """Counts `count` steps of `tokens` each that took `took_s` together."""
+        self.num_steps += count
+        for _ in range(count):
+            self.step_s.observe(took_s / count)
+            self.step_tokens.observe(tokens)
 
     @property
     def prefix_hit_rate(self) -> float:

@@ -4,6 +4,8 @@ Between two steps the interpreter takes about a millisecond, in which no product
 need nothing of it: each pass gets its tokens from the one before, and what was drawn is told afterwards. The passes are those
 of single steps, so the bits are too. A sequence that ends on the way has been computed a little further for nothing.
 
+How far ahead an answer ends is not known, so no sequence runs further at once than it has come.
+
 Shapes: S sequences, n passes, P tokens a page.
 """
 
@@ -25,28 +27,36 @@ from waypost.serve.scheduler import Scheduler
 from waypost.serve.scheduling import Span
 
 MOST = 8
-"""Passes in one go: of what the interpreter takes, most is saved, and an end that was not seen coming costs little."""
+"""Passes in one go: most of what the interpreter takes is saved."""
 
 
 def run(
-    model: Decoder, kv: PagedKv, scheduler: Scheduler, spans: Sequence[Span], most: int,
+    model: Decoder, kv: PagedKv, scheduler: Scheduler, spans: Sequence[Span], most: int, deltas: list[Delta],
     computed: Callable[[list[Span]], None], draw: Callable[[Likeliest, list[LiveSequence], list[int]], list[Delta]],
-) -> list[list[Delta]]:  # fmt: skip
-    """Up to `most` passes of `spans`, where the next steps would run the same again; what each of them told, of each sequence
-    up to its end. [] where something stands in the way, and then nothing has happened.
+) -> int:  # fmt: skip
+    """Up to `most` passes of `spans`, where the next steps would run the same again; -> how many, 0 where something stands in
+    the way. What they draw of each sequence, up to its end, is added to `deltas`.
 
     `computed` writes down that spans have run, `draw(likeliest, sequences, rows)` gives a token to each.
     """
+    if model.at_once is None or not model.at_once.screened or kv.sums is not None:
+        return 0
     count = _grant(spans, scheduler, most)
+    if count < 2:
+        return 0
     kv.expect(scheduler.pool.highest)
-    told: list[list[Delta]] = []
-    for likeliest in _passes(model, kv, spans, count) if count > 1 else []:
-        alive = [i for i, span in enumerate(spans) if span.sequence.pages]  # a sequence that ended has none
-        computed([spans[i] for i in alive])
-        told.append(draw(likeliest, [spans[i].sequence for i in alive], alive))
-    for span in spans:  # pages that were not needed go back; the passes after the first count as the user's turn
-        scheduler.trim(span, max(1, len(told)) - 1)
-    return told
+    try:
+        passes = _passes(model, kv, spans, count)
+        for number, likeliest in enumerate(passes):
+            alive = [i for i, span in enumerate(spans) if span.sequence.pages]  # a sequence that ended has none
+            for i in alive if number else ():  # the first was charged when it was planned
+                scheduler.turns.charge(spans[i].sequence, 1)
+            computed([spans[i] for i in alive])
+            deltas += draw(likeliest, [spans[i].sequence for i in alive], alive)
+    finally:
+        for span in spans:  # pages that were not needed go back
+            scheduler.trim(span, 0)
+    return len(passes)
 
 
 def _grant(spans: Sequence[Span], scheduler: Scheduler, most: int) -> int:
@@ -54,9 +64,9 @@ def _grant(spans: Sequence[Span], scheduler: Scheduler, most: int) -> int:
     ledger = scheduler.ledger
     if ledger.waiting or len(spans) < len(ledger.running) or not all(_plain(s, ledger.num_layers) for s in spans):
         return 1
-    for span in spans:
-        answer = span.sequence.answer
-        most = min(most, answer.max_tokens - answer.num_tokens)
+    answers = [span.sequence.answer for span in spans]
+    most = min(most, *(min(a.num_tokens, a.max_tokens - a.num_tokens) for a in answers))
+    for span in spans if most > 1 else ():
         most = 1 + len(scheduler.make_room(span, [0] * (most - 1)))
     return most
 

@@ -171,15 +171,12 @@ def _draw_s(engine: Engine, work: Work) -> float:
     import torch
 
     from waypost.measure.machine import best_seconds
-    from waypost.model.linear.at_once import LayersAtOnce
     from waypost.serve.sampling import Ask, Likeliest, Sampling, sample
 
     model, greedy = engine.model, Sampling(temperature=0.0)
     asks = [Ask(greedy, seed=0, choice=i, position=9) for i in range(work.heads)]
     logits = torch.linspace(-1, 1, work.heads * model.config.vocab_size).view(work.heads, -1).to(model.dtype)
-    given = (
-        Likeliest(*model.ops.largest(logits)) if isinstance(once := model.at_once, LayersAtOnce) and once.screened else logits
-    )
+    given = Likeliest(*model.ops.largest(logits)) if (once := model.at_once) is not None and once.screened else logits
     return best_seconds(lambda: sample(given, asks, model.ops))
 
 

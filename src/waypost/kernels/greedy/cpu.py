@@ -24,8 +24,10 @@ from waypost.kernels.linear.cpu import PANEL
 MOST_INPUTS = 1 << 15
 """Products of bytes are added in 32 bits."""
 
-PATIENCE = 64
-"""Rows by which what was not known may be ahead."""
+REMEMBERED = 256
+"""Rows over which it is remembered how many were not known."""
+RETRY = 1000
+"""Times that a screen is left out before it is tried again."""
 
 
 class _Screen(Structure):
@@ -45,13 +47,16 @@ class Screen:
         self.weight = weight
         count, quads = -(-outputs // PANEL), -(-inputs // 4)
         self.panels = memory.empty((count, quads, PANEL, 4), torch.uint8)
-        self._bounds = *memory.empty((3, count, PANEL), torch.float32), *torch.empty((2, count))
+        self._bounds = (
+            *memory.empty((3, count, PANEL), torch.float32),
+            *torch.empty((2, count), dtype=torch.float32, device="cpu"),
+        )
         pointers = [part.data_ptr() for part in (self.panels, *self._bounds)]
         kernels(weight).pack_screen(weight.data_ptr(), outputs, inputs // 2, *pointers, torch.get_num_threads())
         self._screen = _Screen(*pointers, weight.data_ptr(), outputs, inputs // 2)
         self.address, self.function = addressof(self._screen), cast(kernels(weight).greedy, c_void_p).value
         """For a kernel that calls the screen's own."""
-        self._known = self._unknown = 0
+        self._unknown, self._refused = 0.0, 0
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (n, C) -> the largest logit (n,) in float32 and the first place (n,) that has it; place -1: that is not known,
@@ -59,7 +64,7 @@ class Screen:
         if x.dtype != self.weight.dtype or x.shape[1] != self.weight.shape[1]:
             raise ShapeError(f"rows {tuple(x.shape)} of {x.dtype}; this head takes {tuple(self.weight.shape)} in bfloat16")
         x = x.contiguous()
-        peaks, places = torch.empty(len(x), dtype=torch.float32), torch.empty(len(x), dtype=torch.int64)
+        peaks, places = answers(len(x))
         kernels(x).greedy(x.data_ptr(), len(x), self.address, peaks.data_ptr(), places.data_ptr(), torch.get_num_threads())
         return peaks, places
 
@@ -68,12 +73,22 @@ class Screen:
         if unknown:
             rows = (places < 0).nonzero()[:, 0]
             peaks[rows], places[rows] = largest(head(x[rows]))
-        self._known, self._unknown = self._known + len(x) - unknown, self._unknown + unknown
+        self._unknown += (unknown / max(1, len(x)) - self._unknown) * min(1.0, len(x) / REMEMBERED)
 
     @property
     def helps(self) -> bool:
-        """Whether most rows were known so far: else the screen is only in the way."""
-        return self._unknown <= self._known + PATIENCE
+        """Whether most rows were known lately: else the screen is only in the way, and is tried again after a while."""
+        if self._unknown < 0.5:
+            return True
+        self._refused += 1
+        if self._refused == RETRY:
+            self._unknown, self._refused = 0.4, 0
+        return False
+
+
+def answers(rows: int) -> tuple[Tensor, Tensor]:
+    """Room for what a kernel finds of so many rows: the largest logits and their places."""
+    return torch.empty(rows, dtype=torch.float32, device="cpu"), torch.empty(rows, dtype=torch.int64, device="cpu")
 
 
 def fits(weight: Tensor) -> bool:

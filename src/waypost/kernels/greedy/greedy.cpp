@@ -34,7 +34,9 @@ constexpr float kSlack = 1.002f;            // over norms that were added up in 
 constexpr float kRounding = 0x1p-22f;       // an input's part in what float32 loses on the way, with room
 constexpr float kTie = 0x1.02p-7f;          // logits that far apart, relatively, differ in bfloat16
 constexpr float kNear = 4.0f / 127.0f;      // s of a row whose root mean square is 1: h is zero up to four times that
-constexpr size_t kMostCandidates = 1 << 11; // of a row; with more of them all logits are as cheap
+// Of a row: with more of them all logits are as cheap. Whether it comes to that may depend on threads and their timing, for they
+// raise a row's floor together; what is found never does.
+constexpr size_t kMostCandidates = 1 << 11;
 constexpr float kInfinite = std::numeric_limits<float>::infinity();
 
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
@@ -180,6 +182,14 @@ template <int R> void tile(const Screen &s, const Row *rows, long panel, Floor *
   }
 }
 
+// Calls f with as many of `rows` as a tile takes, as a type: powers of two, each of which is a loop to compile.
+template <class F> inline void with_some(long rows, F f) {
+  if (rows >= kTileRows) f(Rows<kTileRows>());
+  else if (kTileRows > 4 && rows >= 4) f(Rows<4>());
+  else if (rows >= 2) f(Rows<2>());
+  else f(Rows<1>());
+}
+
 // The largest logit of one row among the candidates of all threads. place is -1 where that is not known.
 void decide(const Screen &s, const bf16 *x, const Row &row, float floor, const std::vector<Found *> &found, float &peak, int64_t &place) {
   place = -1, peak = -kInfinite;
@@ -300,17 +310,18 @@ long EXPORT(greedy)(const bf16 *x, long rows, const Screen *screen, float *peaks
 #pragma omp for schedule(static)
     for (long t = 0; t < rows; ++t) coded[t].code(x + t * 2 * s.pairs, 2 * s.pairs);
     Found *const mine = found.data() + omp_get_thread_num() * rows;
-    const long bytes = s.quads() * 4 * kPanel, tiles = (rows + kTileRows - 1) / kTileRows;
-    const long last = (s.outputs + kPanel - 1) / kPanel - 1, share = std::min<long>(tiles, 4);
+    const long bytes = s.quads() * 4 * kPanel, last = (s.outputs + kPanel - 1) / kPanel - 1, share = std::min<long>(rows / kTileRows, 4);
     share_panels(1, s.outputs, [&](long panel, int, long, long) {
       const char *const next = (const char *)s.panels + (panel + 1) * bytes;
-      for (long i = 0; i < tiles; ++i)
-        with_rows(std::min<long>(kTileRows, rows - i * kTileRows), [&](auto here) {
-          const bool asks = tiles > 1 && i < share && panel < last;
-          tile<decltype(here)::count>(s, coded.data() + i * kTileRows, panel, floors.data() + i * kTileRows, mine + i * kTileRows,
-                                       next + i * (bytes / share),
-                                      asks ? kBurst * 4 * kPanel / share : 0);
+      for (long t = 0, i = 0; t < rows; ++i) {
+        const bool asks = i < share && rows > kTileRows && panel < last;  // of a panel that one tile uses nothing is worth asking for
+        with_some(rows - t, [&](auto here) {
+          constexpr int R = decltype(here)::count;
+          tile<R>(s, coded.data() + t, panel, floors.data() + t, mine + t, next + i * (asks ? bytes / share : 0),
+                  asks ? kBurst * 4 * kPanel / share : 0);
+          t += R;
         });
+      }
     });
 #pragma omp for schedule(dynamic)
     for (long t = 0; t < rows; ++t) {

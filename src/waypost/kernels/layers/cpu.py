@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from waypost.kernels.call import kernels
+from waypost.kernels.greedy.cpu import answers
 from waypost.kernels.layers.weights import EndsRow, LayerAdapters, LayerTable, ModelEnds, StepRow, pointer, product_row
 from waypost.kernels.ops import Pages
 
@@ -45,8 +46,7 @@ def run_greedy(
     screen = ends.screen
     assert screen is not None, "only a head with a screen is asked for the likeliest token alone"
     around, normed, wanted = _around(ends, tokens, wanted)
-    peaks = torch.empty((passes, len(normed)), dtype=torch.float32)
-    places = torch.empty((passes, len(normed)), dtype=torch.int64)
+    peaks, places = (found.view(passes, -1) for found in answers(passes * len(normed)))
     around.greedy, around.screen = screen.function, screen.address
     h = torch.empty((len(tokens), normed.shape[1]), dtype=normed.dtype)
     step = _step(table, pages, starts, context, cos, sin, which, adapters, h)

@@ -69,8 +69,8 @@ struct Ends {
   const int64_t *wanted;  // (answers,): rows whose logits are asked for; null: every row's
   long answers;
   void *normed;  // (answers, hidden): their rows after the last norm
-  void *logits;  // (answers, vocabulary); or null, and then the largest alone is asked for, of a head in bfloat16:
-  Greedy *greedy;
+  void *logits;  // (answers, vocabulary)
+  Greedy *greedy;  // not null: the largest logits alone are asked for, of a head in bfloat16, and `logits` is nobody's
   const void *screen;
   float *peaks;     // (answers,)
   int64_t *places;  // (answers,), -1 where it is not known
@@ -180,7 +180,7 @@ template <class T> class Pass {
       clock.took(kProducts);
       also.clear();
       if (i + 1 < count) expect(layers[order[i + 1]].qkv, rows_, also);
-      else if (ends && ends->logits) expect(ends->head, ends->answers, also);
+      else if (ends && !ends->greedy) expect(ends->head, ends->answers, also);
       multiply(layer.down, rows_, gated_, part_, also);
       adapt(at, 6, {hidden_}, layer.down, gated_, part_);
       clock.took(kProducts);
@@ -193,7 +193,7 @@ template <class T> class Pass {
 #pragma omp for schedule(static)
     for (long i = 0; i < ends->answers; ++i)
       norm_row(h_ + (ends->wanted ? ends->wanted[i] : i) * hidden_, (const T *)ends->norm, (int)hidden_, ends->eps, normed + i * hidden_);
-    if (!ends->logits) return;
+    if (ends->greedy) return;
     also.clear();
     multiply(ends->head, ends->answers, normed, (T *)ends->logits, also);
     clock.took(kHead);
@@ -318,7 +318,7 @@ extern "C" long EXPORT(run_layers)(const Layer *layers, int layer_count, const i
   Pass<Element> pass(layers, layer_count, *step, h, rows, hidden);
 #pragma omp parallel num_threads(threads)
   pass.run(layers, order, count, k_pages, v_pages, ends);
-  if (!ends || ends->logits) return 0;
+  if (!ends || !ends->greedy) return 0;
   Clock clock(step->seconds);
   const long unknown =
       ends->greedy((const bf16 *)ends->normed, ends->answers, ends->screen, ends->peaks, ends->places, threads);

@@ -158,6 +158,7 @@ def _ends(model: Decoder) -> ModelEnds | None:
     if head.inputs % 2 or (few and model.dtype != torch.bfloat16):
         return None
     weight = model.output_weight.detach()
+    # A head of its own is there in panels alone, from which single outputs are slow to gather.
     screen = Screen(weight) if isinstance(head, Packed) and model.lm_head is None and fits(weight) and pays(weight) else None
     return ModelEnds(embedding.detach(), norm.weight.detach(), norm.eps, Product(head, None), screen)
 

@@ -93,15 +93,15 @@ def _threads_at_rest(within_s: float = 60.0) -> None:
     """
     tasks = Path("/proc/self/task")
     asleep, deadline = 0, time.monotonic() + within_s
-    while tasks.is_dir() and asleep < 2 and time.monotonic() < deadline:
-        time.sleep(0.001)  # without the lock: who waits for it gets it, and is seen running
+    while tasks.is_dir() and asleep < 10 and time.monotonic() < deadline:
+        time.sleep(0.002)  # without the lock: who waits for it has many of Python's turns (5 ms) to get it, and is seen running
         asleep = asleep + 1 if all(_state(task) in ("S", "") for task in tasks.iterdir()) else 0
 
 
 def _state(task: Path) -> str:
     """The letter by which Linux names what a thread of gloo is doing (S: sleeps); "" for any other thread."""
     try:
-        name, state = (task / "stat").read_text().split("(", 1)[1].rsplit(") ", 1)
+        name, state = (task / "stat").read_text(errors="replace").split("(", 1)[1].rsplit(") ", 1)
     except OSError:  # it has ended
         return ""
     return state[0] if name.startswith("pt_gloo") else ""
