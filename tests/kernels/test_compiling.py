@@ -120,6 +120,16 @@ def test_what_was_begun_is_waited_for_and_compiled_once(made: list[str]) -> None
     assert sorted(made) == ["logits", "pass"], "it is on this machine already"
 
 
+def test_what_comes_after_waits_for_the_rest(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_begun", {})
+    build.begin(("pass", "logits"), "bf16", after=("greedy",))
+    assert build.pending("greedy", "bf16")
+    assert not build.pending("int8", "bf16"), "which nobody has begun"
+    assert build.library.__wrapped__("greedy", "bf16") == build._file("greedy", "bf16").name
+    assert made[2:] == ["greedy"]
+    assert not build.pending("greedy", "bf16")
+
+
 def test_what_goes_wrong_ahead_is_raised_where_it_is_used(made: list[str]) -> None:
     build.begin(("bad",), "bf16")
     with pytest.raises(ConfigError, match="does not compile"):

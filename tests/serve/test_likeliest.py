@@ -82,3 +82,17 @@ def test_only_a_tied_head_in_bfloat16_has_a_screen(monkeypatch: pytest.MonkeyPat
         assert isinstance(model.at_once, LayersAtOnce)
         ends = model.at_once._ends
         assert (ends is not None and ends.screen is not None) == has
+
+
+def test_a_screen_whose_kernel_is_being_compiled_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at_once, "pays", lambda weight: True)
+    compiling = True
+    monkeypatch.setattr(at_once.build, "pending", lambda group, element: compiling)
+    model = served("gqa")
+    assert isinstance(model.at_once, LayersAtOnce)
+    assert not model.at_once.screened
+    engine = make_engine(model)
+    before = engine.generate([prompt_of(6, 1)], GREEDY)[0].token_ids
+    compiling = False
+    assert model.at_once.screened
+    assert engine.generate([prompt_of(6, 1)], GREEDY)[0].token_ids == before

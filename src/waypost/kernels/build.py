@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from waypost.core.errors import ConfigError
@@ -50,15 +50,28 @@ def library(group: str, element: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def begin(groups: Sequence[str], element: str) -> None:
-    """Compiles on threads of their own what of `groups` is not on this machine yet; `library` waits for it and raises what
-    went wrong. Worth beginning before PyTorch is imported: a compiler leaves the interpreter's lock alone."""
+def begin(groups: Sequence[str], element: str, after: Sequence[str] = ()) -> None:
+    """Compiles on threads of their own what of `groups` is not on this machine yet, and then what of `after`; `library` waits
+    for it and raises what went wrong. Worth beginning before PyTorch is imported: a compiler leaves the interpreter's lock
+    alone."""
     if prebuilt() is not None or compiler() is None:
         return
-    pool = ThreadPoolExecutor(len(groups), "waypost-compiling")
-    for group in groups:
-        _begun[group, element] = pool.submit(_file, group, element)
+    pool = ThreadPoolExecutor(len(groups) + len(after), "waypost-compiling")
+    first = [pool.submit(_file, group, element) for group in groups]
+    then = [pool.submit(_file_after, first, group, element) for group in after]
+    _begun.update(zip(((group, element) for group in (*groups, *after)), (*first, *then), strict=True))
     pool.shutdown(wait=False)
+
+
+def _file_after(others: Sequence[Future[Path]], group: str, element: str) -> Path:
+    wait(others)
+    return _file(group, element)
+
+
+def pending(group: str, element: str) -> bool:
+    """Whether `library` would have to wait for what was begun."""
+    begun = _begun.get((group, element))
+    return begun is not None and not begun.done()
 
 
 _begun: dict[tuple[str, str], Future[Path]] = {}

@@ -19,6 +19,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
+from waypost.kernels import build
 from waypost.kernels.greedy.cpu import Screen, fits, pays
 from waypost.kernels.layers.weights import LayerAdapters, LayerTable, LayerWeights, ModelEnds, Product
 from waypost.kernels.linear.cpu import Packed
@@ -95,7 +96,9 @@ class LayersAtOnce:
 
     @property
     def _screened(self) -> ModelEnds | None:
-        """The ends, where their screen is there and helps."""
+        """The ends, where their screen is there and helps. One whose kernel is still being compiled comes later."""
+        if self._screen_later and not build.pending("greedy", "bf16"):
+            self._refresh()
         return self._ends if self._ends is not None and self._ends.screen is not None and self._ends.screen.helps else None
 
     def _pages(self, rows: Rows) -> Pages | None:
@@ -127,7 +130,8 @@ class LayersAtOnce:
         assert weights is not None, "a model that could run at once can still do so"
         self._table = LayerTable(weights)
         self._table.seconds = self._seconds
-        self._ends = _ends(self._model[0])
+        self._screen_later = build.pending("greedy", "bf16")
+        self._ends = _ends(self._model[0], screen=not self._screen_later)
         self._versions = list(map(_VERSION, self._parameters))
 
 
@@ -146,7 +150,7 @@ def _weights(model: Decoder) -> list[LayerWeights] | None:
     return found
 
 
-def _ends(model: Decoder) -> ModelEnds | None:
+def _ends(model: Decoder, screen: bool) -> ModelEnds | None:
     """Embedding, last norm and head as the kernel takes them; None where one of them is something else, or elsewhere."""
     linear, embedding, norm = model.ops.linear, model.model.embed_tokens.weight, model.model.norm
     if type(norm) is not RmsNorm or model.ops.vocabulary is not WHOLE or model.model.embed_projection is not None:
@@ -159,8 +163,10 @@ def _ends(model: Decoder) -> ModelEnds | None:
         return None
     weight = model.output_weight.detach()
     # A head of its own is there in panels alone, from which single outputs are slow to gather.
-    screen = Screen(weight) if isinstance(head, Packed) and model.lm_head is None and fits(weight) and pays(weight) else None
-    return ModelEnds(embedding.detach(), norm.weight.detach(), norm.eps, Product(head, None), screen)
+    screen = screen and isinstance(head, Packed) and model.lm_head is None and fits(weight) and pays(weight)
+    return ModelEnds(
+        embedding.detach(), norm.weight.detach(), norm.eps, Product(head, None), Screen(weight) if screen else None
+    )
 
 
 def _layer(layer: Layer, linear: PackedLinear, dtype: torch.dtype) -> LayerWeights | None:
