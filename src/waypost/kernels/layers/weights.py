@@ -94,6 +94,8 @@ class _Layer(Structure):
 
 
 class EndsRow(Structure):
+    """Ends of layers.cpp: what is around the layers, and what is asked for."""
+
     _fields_ = [
         *((name, c_void_p) for name in ("tokens", "embedding", "norm")),
         ("eps", c_double),
@@ -105,6 +107,8 @@ class EndsRow(Structure):
 
 
 class StepRow(Structure):
+    """Step of layers.cpp: the pages, the rows and their adapters."""
+
     _fields_ = [
         *((name, c_void_p) for name in ("table", "starts", "context", "slots", "cosine", "sine")),
         *((name, c_int) for name in ("table_width", "sequences")),
@@ -160,6 +164,7 @@ def _layer(weights: LayerWeights) -> _Layer:
 
 
 def product_row(product: Product) -> _Product:
+    """`product` as the kernel reads it."""
     weight, bias = product.weight, pointer(product.bias)
     panels, pairs = weight.panels.data_ptr(), -(-weight.inputs // 2)
     if isinstance(weight, Packed):
@@ -170,4 +175,5 @@ def product_row(product: Product) -> _Product:
 
 
 def pointer(vector: Tensor | None) -> int | None:
+    """Where a vector lies; None for none."""
     return None if vector is None else vector.data_ptr()

@@ -87,6 +87,7 @@ class Likeliest:
         return Likeliest(self.peak[rows], self.token[rows])
 
     def draws(self, weight_version: int) -> list[Draw]:
+        """The tokens as draws of the weights `weight_version`; a row that is not finite is a failure."""
         peaks, tokens = self.peak.tolist(), self.token.tolist()
         return [
             Draw(token, weight_version=weight_version) if math.isfinite(peak) else _failure(peak)
