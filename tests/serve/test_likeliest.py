@@ -8,8 +8,9 @@ import pytest
 import torch
 from once_cases import rows_of, served
 from serve_cases import make_engine, prompt_of
+from torch import Tensor
 
-from waypost.core.errors import WaypostError
+from waypost.core.errors import ConfigError, WaypostError
 from waypost.kernels.build import available
 from waypost.model.linear import at_once
 from waypost.model.linear.at_once import LayersAtOnce
@@ -96,3 +97,20 @@ def test_a_screen_whose_kernel_is_being_compiled_comes_later(monkeypatch: pytest
     compiling = False
     assert model.at_once.screened
     assert engine.generate([prompt_of(6, 1)], GREEDY)[0].token_ids == before
+
+
+def test_without_its_kernel_all_logits_are_computed_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = make_engine(served("gqa")).generate([prompt_of(6, 1)], GREEDY)[0].token_ids
+
+    def fail(weight: Tensor) -> None:
+        raise ConfigError("no space left")
+
+    monkeypatch.setattr(at_once, "pays", lambda weight: True)
+    monkeypatch.setattr(at_once, "Screen", fail)
+    model = served("gqa")
+    assert model.at_once is not None
+    assert not model.at_once.screened
+    assert make_engine(model).generate([prompt_of(6, 1)], GREEDY)[0].token_ids == expected
+    assert "no space left" in capsys.readouterr().err

@@ -27,7 +27,7 @@ MOST_INPUTS = 1 << 15
 REMEMBERED = 256
 """Rows over which it is remembered how many were not known."""
 RETRY = 1000
-"""Times that a screen is left out before it is tried again."""
+"""Passes that a screen is left out before it is tried again."""
 
 
 class _Screen(Structure):
@@ -77,13 +77,14 @@ class Screen:
 
     @property
     def helps(self) -> bool:
-        """Whether most rows were known lately: else the screen is only in the way, and is tried again after a while."""
-        if self._unknown < 0.5:
-            return True
+        """Whether most rows were known lately: else the screen is only in the way."""
+        return self._unknown < 0.5
+
+    def left_out(self) -> None:
+        """A pass went without the screen, for it did not help: after RETRY of them it may try again."""
         self._refused += 1
         if self._refused == RETRY:
             self._unknown, self._refused = 0.4, 0
-        return False
 
 
 def answers(rows: int) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,11 @@ inline uint32_t mask_of(VecI lanes) {
 #endif
 }
 
+// f (place, vector) of every vector of a row, the last one filled with zeros.
+template <class F> inline void each_vector(const bf16 *x, long inputs, F f) {
+  for (long k = 0; k < inputs; k += kLanes) f(k, load_some(x + k, (int)std::min<long>(kLanes, inputs - k)));
+}
+
 // A row in whole numbers, padded with zeros to whole vectors; not bounded where nothing can be said of its logits.
 struct Row {
   std::vector<int8_t> low;
@@ -61,18 +66,15 @@ struct Row {
 
   void code(const bf16 *x, long inputs) {
     low.resize((inputs + kLanes - 1) / kLanes * kLanes);
-    const auto each = [&](auto f) {
-      for (long k = 0; k < inputs; k += kLanes) f(k, load_some(x + k, (int)std::min<long>(kLanes, inputs - k)));
-    };
     Vec<float> squares{}, errors{};
-    each([&](long, Vec<float> v) { squares = fma<float>(v, v, squares); });
+    each_vector(x, inputs, [&](long, Vec<float> v) { squares = fma<float>(v, v, squares); });
     const float sum = sum_lanes<float>(squares);
     bounded = sum < 1e30f && (sum > 1e-20f || sum == 0);
     scale = bounded && sum > 0 ? kNear * std::sqrt(sum / (float)inputs) : 1.0f;
     if (!bounded) return;
     const Vec<float> magic = splat(12582912.0f), inverse = splat(1.0f / scale);  // 1.5 * 2^23: the sum rounds to a whole number
     VecI total{};
-    each([&](long k, Vec<float> v) {
+    each_vector(x, inputs, [&](long k, Vec<float> v) {
       const Vec<float> n = fma<float>(v, inverse, magic) - magic, e = fma<float>(-n, splat(scale), v);
       errors = fma<float>(e, e, errors);
       const VecI whole = __builtin_convertvector(n, VecI), l = whole << 24 >> 24, h = (whole - l) >> 8;
@@ -261,12 +263,9 @@ void EXPORT(pack_screen)(const bf16 *weight, long outputs, long pairs, uint8_t *
     uint8_t *const to = panels + i / kPanel * quads * 4 * kPanel + i % kPanel * 4;
     scales[i] = sizes[i] = 0, lost[i] = kInfinite;
     const bf16 *const row = weight + i * inputs;
-    const auto each = [&](auto f) {
-      for (long k = 0; k < inputs; k += kLanes) f(k, load_some(row + k, (int)std::min<long>(kLanes, inputs - k)));
-    };
     Vec<float> largest{}, squares{}, errors{};
     if (i < outputs)
-      each([&](long, Vec<float> v) {
+      each_vector(row, inputs, [&](long, Vec<float> v) {
         const Vec<float> size = v < 0 ? -v : v;
         largest = size > largest ? size : largest, squares = fma<float>(v, v, squares);
       });
@@ -279,7 +278,7 @@ void EXPORT(pack_screen)(const bf16 *weight, long outputs, long pairs, uint8_t *
       for (long k = 0; k < quads; ++k) put(k, 0x80808080u);
       return;
     }
-    each([&](long k, Vec<float> v) {
+    each_vector(row, inputs, [&](long k, Vec<float> v) {
       const Vec<float> q = fma<float>(v, inverse, magic) - magic, d = fma<float>(-q, splat(scale), v);
       errors = fma<float>(d, d, errors);
       const Bytes bytes = __builtin_convertvector(__builtin_convertvector(q, VecI) ^ 128, Bytes);

@@ -19,6 +19,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
+from waypost.core.errors import ConfigError
+from waypost.core.progress import say
 from waypost.kernels import build
 from waypost.kernels.greedy.cpu import Screen, fits, pays
 from waypost.kernels.layers.weights import LayerAdapters, LayerTable, LayerWeights, ModelEnds, Product
@@ -72,7 +74,11 @@ class LayersAtOnce:
     def largest(self, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor] | None:  # wanted (n,) -> (n,), (n,)
         """LargestOp of `logits`, without computing most of them; None where that is not possible or would not pay."""
         pages = self._pages(rows)
-        if pages is None or self._screened is None:
+        if pages is None:
+            return None
+        if self._screened is None:
+            if self._ends is not None and self._ends.screen is not None:
+                self._ends.screen.left_out()
             return None
         found = self._run_greedy(self._table, self._screened, rows.batch.tokens, wanted, pages, *self._where(rows))
         return found[0][0], found[1][0]
@@ -163,10 +169,19 @@ def _ends(model: Decoder, screen: bool) -> ModelEnds | None:
         return None
     weight = model.output_weight.detach()
     # A head of its own is there in panels alone, from which single outputs are slow to gather.
-    screen = screen and isinstance(head, Packed) and model.lm_head is None and fits(weight) and pays(weight)
+    screen = screen and isinstance(head, Packed) and model.lm_head is None
     return ModelEnds(
-        embedding.detach(), norm.weight.detach(), norm.eps, Product(head, None), Screen(weight) if screen else None
+        embedding.detach(), norm.weight.detach(), norm.eps, Product(head, None), _screen(weight) if screen else None
     )
+
+
+def _screen(weight: Tensor) -> Screen | None:
+    """A screen where it is of use; a pass can do without, so a kernel that cannot be compiled now is no error."""
+    try:
+        return Screen(weight) if fits(weight) and pays(weight) else None
+    except ConfigError as error:
+        say(f"every request computes all logits from now on, for the kernel of greedy ones is not to be had: {error}")
+        return None
 
 
 def _layer(layer: Layer, linear: PackedLinear, dtype: torch.dtype) -> LayerWeights | None:
