@@ -86,6 +86,14 @@ def test_tokens_and_ends_are_those_of_single_steps(
     assert many.stats().generated_tokens == one.stats().generated_tokens
 
 
+@pytest.mark.parametrize(("num_pages", "lengths"), [(4, [18, 8]), (5, [14, 16]), (7, [30, 32])])
+def test_pages_for_some_of_them_alone_go_back(model: Decoder, num_pages: int, lengths: list[int]) -> None:
+    """Where a stride lacks pages for one sequence, the others do not keep theirs: `drive` checks the scheduler."""
+    requests = asked([replace(GREEDY, max_tokens=20, ignore_eos=True)] * 2, lengths)
+    want = drive(make_engine(model), requests, 1)[0]
+    assert drive(make_engine(model, num_pages=num_pages), requests, 8)[0] == want
+
+
 def test_it_takes_as_many_steps_at_a_time_as_it_may(model: Decoder) -> None:
     requests = asked([replace(GREEDY, ignore_eos=True)] * 3, [4, 5, 6])
     assert drive(make_engine(model), requests, 1)[1] == 21

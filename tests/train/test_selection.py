@@ -203,13 +203,13 @@ def test_chats_that_do_not_fit_go_the_way_of_the_recipe_s_packer(too_long: Any, 
     both = sum(x and y for x, y in zip(long, aside, strict=True))
     assert (sum(long), sum(aside), both) == (3 if too_long == "drop" else 8, 6, 3)
     assert found.of_documents == (13 if too_long == "drop" else 18)
-    assert held_out(chosen, found.sources, run) == held_out(chosen, sources, run)
+    assert held_out(chosen, found.sources, run, tmp_path) == held_out(chosen, sources, run, tmp_path)
 
 
-def held_out(recipe: TrainRecipe, sources: Any, run: Path) -> list[Any]:
+def held_out(recipe: TrainRecipe, sources: Any, run: Path, cache: Path) -> list[Any]:
     """The chats that a run of `recipe` on `sources` evaluates on."""
     data = resolve({**to_tree(recipe), "data": {**to_tree(recipe)["data"], "sources": sources}}).data
-    shards = prepare(data.sources, Tokenizer.from_folder(run / "step-00000004"), run / "shards")
+    shards = prepare(data.sources, Tokenizer.from_folder(run / "step-00000004"), cache)
     stream = DataStream(shards, seq_len=data.seq_len, split="held_out", held_out=data.held_out, packer=data.packer)
     ids = {int(d) for batch in stream.batches(1) for d in batch.token_extras["document"].unique()}
     told = [lines(file)[int(line) - 1] for file, line in (stream.where(d).rsplit(":", 1) for d in sorted(ids))]

@@ -60,14 +60,19 @@ def run(
 
 
 def _grant(spans: Sequence[Span], scheduler: Scheduler, most: int) -> int:
-    """How many passes may run, 1 to `most`; the pages for them are held when this returns."""
+    """How many passes may run, 1 to `most`; the pages for them are held when this returns, and for one no more than before."""
     ledger = scheduler.ledger
     if ledger.waiting or len(spans) < len(ledger.running) or not all(_plain(s, ledger.num_layers) for s in spans):
         return 1
     answers = [span.sequence.answer for span in spans]
     most = min(most, *(min(a.num_tokens, a.max_tokens - a.num_tokens) for a in answers))
-    for span in spans if most > 1 else ():
+    if most < 2:
+        return 1
+    for span in spans:
         most = 1 + len(scheduler.make_room(span, [0] * (most - 1)))
+    if most < 2:
+        for span in spans:  # the first may have got pages before one got none
+            scheduler.trim(span, 0)
     return most
 
 
