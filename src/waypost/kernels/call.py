@@ -46,6 +46,7 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "pack_quantized": [_I, _P, _L, _L, _L, _L, _P, _I],
     },
     "int8": {"linear_int8": [_P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _L, _P, _I]},
+    "draw": {"draw": [_P, _P, _P, _P, _P, _L, _L, _I]},
     "greedy": {
         "greedy": [_P, _L, _P, _P, _P, _I],
         "greedy_pays": [],

@@ -260,6 +260,35 @@ template <class A> inline A max_lanes(Vec<A> v) {
   return fold_lanes<A>(v, [](Vec<A> x, Vec<A> y) { return x > y ? x : y; });
 }
 
+// A bit for each lane that is not zero, the first lane the lowest.
+inline uint32_t mask_of(VecI lanes) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)lanes);
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= (lanes[i] ? 1u : 0u) << i;
+  return mask;
+#endif
+}
+
+// The largest of a row; a NaN counts as smaller than everything.
+template <class T> inline Wide<T> peak_of(const T *row, long width) {
+  typedef Wide<T> A;
+  constexpr int many = 4;  // one comparison does not wait for another
+  Vec<A> high[many];
+  for (Vec<A> &each : high) each = splat(-std::numeric_limits<A>::infinity());
+  long k = 0;
+  for (; k + many * kLanes <= width; k += many * kLanes)
+    for (int i = 0; i < many; ++i) {
+      const Vec<A> x = load(row + k + i * kLanes);
+      high[i] = x > high[i] ? x : high[i];
+    }
+  for (int i = 1; i < many; ++i) high[0] = high[i] > high[0] ? high[i] : high[0];
+  A peak = max_lanes<A>(high[0]);
+  for (; k < width; ++k) peak = widen(row[k]) > peak ? widen(row[k]) : peak;
+  return peak;
+}
+
 // exp, Cody and Waite's reduction and a Taylor polynomial of degree 7 on |r| <= ln(2) / 2: below 2 units in the last place.
 inline Vec<float> exp_lanes(Vec<float> x) {
   const Vec<float> low = splat(-87.0f), high = splat(88.0f), magic = splat(12582912.0f);

@@ -42,6 +42,7 @@ GROUPS: dict[str, tuple[_Source, ...]] = {
     "training": (("attention/backward.cpp", ELEMENTS), ("squared_norm/squared_norm.cpp", ELEMENTS)),
     "quantized": (("linear/quantized.cpp", ("bf16",)),),
     "int8": (("linear/int8.cpp", _ROWS),),
+    "draw": (("draw/draw.cpp", ELEMENTS),),
     "greedy": (("greedy/greedy.cpp", ("bf16",)),),
     "low_rank": (("low_rank/low_rank.cpp", ELEMENTS),),
     "counting": (("attention/counting.cpp", ELEMENTS),),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from waypost.kernels import build
 from waypost.kernels.attention.cpu import counting_attention, paged_attention, ragged_attention, write_pages
 from waypost.kernels.cross_entropy.cpu import cross_entropy_gradient, log_sum_exp
+from waypost.kernels.draw.cpu import draw
 from waypost.kernels.largest.cpu import largest
 from waypost.kernels.layers.cpu import run_greedy, run_layers, run_model
 from waypost.kernels.linear.cpu import linear
@@ -32,6 +33,7 @@ def ops() -> Ops:
         ragged_attention,
         log_sum_exp,
         largest,
+        draw,
         cross_entropy_gradient,
         squared_norm,
         WHOLE,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from waypost.kernels.attention.naive import counting, write_pages
 from waypost.kernels.cross_entropy.naive import cross_entropy_gradient
+from waypost.kernels.draw.naive import draw
 from waypost.kernels.largest.naive import largest
 from waypost.kernels.low_rank.naive import low_rank
 from waypost.kernels.ops import Ops
@@ -51,6 +52,7 @@ def ops() -> Ops:
         ragged_attention,
         log_sum_exp,
         largest,
+        draw,
         cross_entropy_gradient,
         squared_norm,
         WHOLE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from waypost.kernels.attention.naive import counting_attention, paged_attention, ragged_attention, write_pages
 from waypost.kernels.cross_entropy.naive import cross_entropy_gradient, log_sum_exp
+from waypost.kernels.draw.naive import draw
 from waypost.kernels.largest.naive import largest
 from waypost.kernels.linear.naive import linear
 from waypost.kernels.low_rank.naive import low_rank
@@ -29,6 +30,7 @@ def ops() -> Ops:
         ragged_attention,
         log_sum_exp,
         largest,
+        draw,
         cross_entropy_gradient,
         squared_norm,
         WHOLE,

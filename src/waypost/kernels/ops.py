@@ -109,6 +109,19 @@ class LargestOp(Protocol):
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class DrawOp(Protocol):
+    """A token from each of `rows` of logits (n, V): (m,) int64, and its share of what is kept, (m,) float64.
+
+    edited[i] (V,) stands for the row's logits where it is not None. wishes (m, 5) float64: temperature; top_k, 0: all; top_p;
+    min_p (kernels/draw/truncation.py); a uniform number in [0, 1), at which the cumulative distribution is inverted. Logits are
+    at most finite, and one of a row at least is. The bits of a row depend on it and on its wishes alone.
+    """
+
+    def __call__(
+        self, logits: Tensor, rows: Sequence[int], edited: Sequence[Tensor | None], wishes: Tensor
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 class CrossEntropyGradientOp(Protocol):
     """(softmax(logits) - one_hot(targets)) * weights[:, None], in the dtype of logits; may overwrite logits (n, V).
 
@@ -202,6 +215,7 @@ class Ops:
     ragged_attention: RaggedAttentionOp
     log_sum_exp: LogSumExpOp
     largest: LargestOp
+    draw: DrawOp
     cross_entropy_gradient: CrossEntropyGradientOp
     squared_norm: SquaredNormOp
     vocabulary: Vocabulary

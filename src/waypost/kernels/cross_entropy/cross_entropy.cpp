@@ -13,16 +13,10 @@ constexpr int kStep = 4 * kLanes;
 template <class T> Wide<T> log_sum_exp(const T *row, int width) {
   typedef Wide<T> A;
   const A lowest = -std::numeric_limits<A>::infinity();
-  Vec<A> high = splat(lowest);
+  const A top = peak_of(row, width);
   int k = 0;
-  for (; k + kLanes <= width; k += kLanes) {
-    const Vec<A> x = load(row + k);
-    high = x > high ? x : high;
-  }
-  A top = max_lanes<A>(high);
-  for (int i = k; i < width; ++i) top = std::max<A>(top, widen(row[i]));
   Vec<A> sum[4] = {splat(A(0)), splat(A(0)), splat(A(0)), splat(A(0))};
-  for (k = 0; k + kStep <= width; k += kStep)
+  for (; k + kStep <= width; k += kStep)
     for (int i = 0; i < 4; ++i) sum[i] += exp_lanes(load(row + k + i * kLanes) - top);
   for (; k + kLanes <= width; k += kLanes) sum[0] += exp_lanes(load(row + k) - top);
   if (k < width) {

@@ -41,16 +41,6 @@ constexpr float kInfinite = std::numeric_limits<float>::infinity();
 
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
-inline uint32_t mask_of(VecI lanes) {
-#if defined(__AVX512DQ__)
-  return _mm512_movepi32_mask((__m512i)lanes);
-#else
-  uint32_t mask = 0;
-  for (int i = 0; i < kLanes; ++i) mask |= (lanes[i] ? 1u : 0u) << i;
-  return mask;
-#endif
-}
-
 // f (place, vector) of every vector of a row, the last one filled with zeros.
 template <class F> inline void each_vector(const bf16 *x, long inputs, F f) {
   for (long k = 0; k < inputs; k += kLanes) f(k, load_some(x + k, (int)std::min<long>(kLanes, inputs - k)));

@@ -14,16 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from waypost.core.rng import uniform_at
 from waypost.kernels.ops import LogSumExpOp, Ops
-from waypost.serve.sampling import grammar, penalties, truncation
+from waypost.serve.sampling import grammar, penalties
 from waypost.serve.sampling.params import Sampling
-
-BLOCK = 256
-"""Tokens whose probabilities are summed before the running sum looks at them one by one."""
 
 
 @dataclass(slots=True)  # not frozen, which would make it three times as slow: there is one a token
@@ -108,27 +104,16 @@ def sample(logits: Tensor | Likeliest, asks: Sequence[Ask], ops: Ops, weight_ver
         return logits.draws(weight_version)
     peak, best = ops.largest(logits)
     failed = {i: v for i, v in enumerate(peak.tolist()) if not math.isfinite(v)}
-    if failed:
-        logits = logits.index_fill(0, torch.tensor(list(failed)), 0.0)
-    edited: dict[int, Tensor] = {}
-    whole: list[int] = []
-    cut: list[int] = []
-    for i, ask in enumerate(asks):
-        if ask.edits:
-            edited[i] = _edit(logits[i].float(), ask)
-        if ask.sampling.temperature > 0:
-            (cut if ask.sampling.truncates else whole).append(i)
+    edited = {i: _edit(logits[i].float(), ask) for i, ask in enumerate(asks) if ask.edits and i not in failed}
     tokens: list[int] = best.tolist()
     for i, row in edited.items():
         tokens[i] = int(row.argmax())
     drawn: dict[int, float] = {}
-    for rows in filter(None, (whole, cut)):  # rows that remove nothing do not pay for those that do
-        if len(rows) == len(asks) and not edited:
-            part = logits.float()
-        else:
-            part = torch.stack([edited[i] if i in edited else logits[i].float() for i in rows])
-        for i, (token, logprob) in zip(rows, _draw(part, [asks[i] for i in rows]), strict=True):
-            tokens[i], drawn[i] = token, logprob
+    if sampled := [i for i, ask in enumerate(asks) if ask.sampling.temperature > 0 and i not in failed]:
+        wishes = torch.tensor([_wish(asks[i]) for i in sampled], dtype=torch.float64)
+        found, shares = ops.draw(logits, sampled, [edited.get(i) for i in sampled], wishes)
+        for i, token, share in zip(sampled, found.tolist(), shares.tolist(), strict=True):
+            tokens[i], drawn[i] = token, math.log(share)  # of one number: a vector's bits would depend on its place in it
     measured = _measure(logits, asks, tokens, ops.log_sum_exp)
     out = []
     for i, token in enumerate(tokens):
@@ -156,54 +141,10 @@ def _edit(row: Tensor, ask: Ask) -> Tensor:  # (V,) -> (V,)
     return penalties.forbid(row, list(ask.forbidden)) if ask.forbidden else row
 
 
-def distribution(logits: Tensor, wishes: Sequence[Sampling]) -> Tensor:
-    """(n, V) float32 logits -> (n, V) probabilities after temperature and truncation; those kept need not sum to one."""
-    x = logits - logits.amax(-1, keepdim=True)  # a small temperature then overflows to minus infinity, never to NaN
-    x = x / torch.tensor([[s.temperature] for s in wishes])
-    if any(s.top_k is not None for s in wishes):
-        vocab = x.shape[1]
-        x = truncation.top_k(x, torch.tensor([[min(s.top_k or vocab, vocab)] for s in wishes]))
-    probs = torch.softmax(x, dim=-1)
-    if any(s.top_p < 1.0 for s in wishes):
-        probs = truncation.top_p(probs, torch.tensor([[s.top_p] for s in wishes], dtype=torch.float64))
-    if any(s.min_p > 0.0 for s in wishes):
-        probs = truncation.min_p(probs, torch.tensor([[s.min_p] for s in wishes]))
-    return probs
-
-
-def inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """(n, V) non-negative weights, uniform (n,) float64 in [0, 1) -> (n,) the token at which the running sum, in the order
-    of the vocabulary, first exceeds uniform times the total. Summed in float64, in blocks of BLOCK tokens."""
-    missing = -probs.shape[1] % BLOCK
-    blocks = (F.pad(probs, (0, missing)) if missing else probs).unflatten(1, (-1, BLOCK))  # (n, V / BLOCK, BLOCK)
-    mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = uniform[:, None] * mass[:, -1:]
-    block = _first_above(mass, target)
-    before = torch.where(block > 0, mass.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks[torch.arange(len(probs)), block[:, 0]].cumsum(-1, dtype=torch.float64)
-    return (block * BLOCK + _first_above(inside, target - before))[:, 0]
-
-
-def _first_above(mass: Tensor, target: Tensor) -> Tensor:
-    """Where the rising `mass` (n, m) first exceeds `target` (n, 1); where rounding has put the target at the total or
-    above it, the last place that adds mass."""
-    first = torch.searchsorted(mass, target, right=True)
-    return torch.minimum(first, torch.searchsorted(mass, mass[:, -1:].contiguous()))
-
-
-def _draw(logits: Tensor, asks: Sequence[Ask]) -> list[tuple[int, float]]:
-    """(token, its log-probability under the distribution it was drawn from, where asked for) for each row."""
-    probs = distribution(logits, [ask.sampling for ask in asks])
-    uniform = torch.tensor([uniform_at(a.seed, a.choice, a.position) for a in asks], dtype=torch.float64)
-    token = inverse_cdf(probs, uniform)
-    wanted = [i for i, ask in enumerate(asks) if ask.sampling.logprobs is not None]
-    drawn = [0.0] * len(asks)
-    if wanted:
-        kept = probs[wanted].double()
-        share = kept.gather(1, token[wanted, None])[:, 0] / kept.cumsum(-1)[:, -1]
-        for i, value in zip(wanted, share.tolist(), strict=True):
-            drawn[i] = math.log(value)  # of one number: a vector's bits would depend on its place in it
-    return list(zip(token.tolist(), drawn, strict=True))
+def _wish(ask: Ask) -> tuple[float, ...]:
+    """A row of DrawOp's wishes."""
+    s = ask.sampling
+    return s.temperature, s.top_k or 0, s.top_p, s.min_p, uniform_at(ask.seed, ask.choice, ask.position)
 
 
 def _measure(

@@ -102,8 +102,3 @@ class Sampling:
         """Whether a draw is the token of the largest logit, as it comes from the model or edited, and its probability is not
         asked for."""
         return self.temperature == 0 and self.logprobs is None
-
-    @functools.cached_property
-    def truncates(self) -> bool:
-        """Whether tokens are removed from the distribution before the draw."""
-        return self.top_k is not None or self.top_p < 1.0 or self.min_p > 0.0
