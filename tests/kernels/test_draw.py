@@ -118,6 +118,18 @@ def test_small_and_large_nuclei_of_a_large_vocabulary(kernel: str, scale: float,
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("many", "rare", "how"), [(1, 0.3, {"p": 0.9}), (1, 0.12, {"p": 0.9}), (39, 9.0, {"k": 40}), (3, 1.0, {"k": 2})]
+)
+def test_a_cut_between_a_few_tokens_and_a_flat_tail(kernel: str, many: int, rare: float, how: dict[str, float]) -> None:
+    """`many` tokens of weight 1 all over the vocabulary, the others `rare` together: the last one kept is one of them."""
+    logits = torch.full((5000,), math.log(rare / (5000 - many)))
+    logits[torch.linspace(0, 4999, many).long()] = 0.0
+    complete = {"temperature": 1.0, "k": 0, "p": 1.0, "m": 0.0, **how}
+    check_distribution(kernel, logits, slowly(logits, **complete), **complete)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_the_ends_of_the_interval_draw_tokens_that_are_kept(kernel: str) -> None:
     """At the largest uniform number the product with the total may round up to the total."""
     for seed in range(60):

@@ -94,11 +94,18 @@ _OUR_FAST_MODE = (
     "in bf16 on a CPU fast runs the operators of exact, since PyTorch's products and attention are no faster; what engines "
     "without the promise reach is in serve.prefill.transformers and serve.streams16.vllm"
 )
+_TOLD_TOGETHER = (
+    "up to eight tokens are told at a time, as nobody streams them; one by one, or drawn at random, a token takes up to a "
+    "fifth longer, alone up to two fifths (docs/log.md, 2026-11-22)"
+)
 CAVEATS: Mapping[str, str] = {
     "exact.prefill": _OUR_FAST_MODE,
     "exact.stream": _OUR_FAST_MODE,
     "exact.streams": _OUR_FAST_MODE,
     "exact.step": "in bf16 on a CPU fast runs the operators of exact; train.step has transformers",
+    "serve.stream.vllm": _TOLD_TOGETHER,
+    "serve.streams16.vllm": _TOLD_TOGETHER,
+    "serve.streams32.vllm": _TOLD_TOGETHER,
     "upcycle.sparse": "at equal time, which stands beside it, the dense model is better",
     "memory.seco": "with 2 of 4 heads for keys and values it holds more than StreamBP",
 }

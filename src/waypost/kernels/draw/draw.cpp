@@ -30,6 +30,45 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
+// Lanes of float32 summed in float64, by halves: of a vector that is wider than any register the compiler makes memory.
+class Sum {
+  typedef float Floats __attribute__((vector_size(kLanes * 2)));
+  typedef double Doubles __attribute__((vector_size(kLanes * 4)));
+  Doubles halves_[2] = {};
+
+ public:
+  void add(Vec<float> x) {
+    Floats half[2];
+    std::memcpy(half, &x, sizeof half);
+    for (int i = 0; i < 2; ++i) halves_[i] += __builtin_convertvector(half[i], Doubles);
+  }
+  double total() const {
+    const Doubles both = halves_[0] + halves_[1];
+    return ((both[0] + both[4]) + (both[2] + both[6])) + ((both[1] + both[5]) + (both[3] + both[7]));
+  }
+};
+
+// What a truncation adds up: of one token, and of a block's from `least` on.
+struct Mass {
+  static double one(float p) { return p; }
+  static double many(const float *p, float least) {
+    Sum sum;
+    for (long k = 0; k < kBlock; k += kLanes) {
+      const Vec<float> v = load(p + k);
+      sum.add(v >= least ? v : splat(0.0f));
+    }
+    return sum.total();
+  }
+};
+struct Count {
+  static double one(float) { return 1; }
+  static double many(const float *p, float least) {
+    long count = 0;
+    for (long k = 0; k < kBlock; k += kLanes) count += __builtin_popcount(mask_of(load(p + k) >= splat(least)));
+    return (double)count;
+  }
+};
+
 // The probabilities of a row relative to the largest, which is 1.
 class Row {
   struct Block {
@@ -41,40 +80,52 @@ class Row {
   long width_ = 0;
   float cut_ = 0;  // what is less likely is removed
 
+  template <class T> ALONE void weigh_block(const T *x, Wide<T> peak, float inverse, long b) {
+    Sum sum;
+    Vec<float> largest{};
+    for (long i = 0; i < kBlock; i += kLanes) {
+      const Vec<float> p = exp_lanes(__builtin_convertvector(load(x + i) - splat(peak), Vec<float>) * splat(inverse));
+      store(p_.data() + b * kBlock + i, p);
+      sum.add(p);
+      largest = p > largest ? p : largest;
+    }
+    blocks_[b] = {sum.total(), max_lanes<float>(largest)};
+  }
+
+  // f (number, first probability) of the blocks that have one of at least `least`.
+  template <class F> void each_block(float least, F f) const {
+    for (size_t b = 0; b < blocks_.size(); ++b)
+      if (blocks_[b].largest >= least) f(b, p_.data() + b * kBlock);
+  }
+
   double mass() const {
     double total = 0;
     for (const Block &block : blocks_) total += block.mass;
     return total;
   }
 
-  // The mass of a block without what is below `cut`.
-  double mass(const float *p, float cut) const {
-    Vec<double> sum{};
-    for (long k = 0; k < kBlock; k += kLanes) {
-      const Vec<float> v = load(p + k);
-      sum += __builtin_convertvector(v >= cut ? v : splat(0.0f), Vec<double>);
-    }
-    return sum_lanes<double>(sum);
+  template <class What> double sum(float least) const {
+    double total = 0;
+    each_block(least, [&](size_t, const float *p) { total += What::many(p, least); });
+    return total;
   }
 
-  // Into the pool what is at least `least`.
-  void gather(float least) {
+  // The largest v so that all from v on are `wanted` in sum; it is known to be no less than `least`.
+  template <class What> float last_kept(double wanted, float least) {
+    for (float v = 0x1p-4f; v > least; v *= 0x1p-5f)  // most tokens are rarer than it by far
+      if (sum<What>(v) >= wanted) least = v;
     pool_.clear();
-    for (size_t b = 0; b < blocks_.size(); ++b)
-      if (blocks_[b].largest >= least)
-        for (long k = b * kBlock; k < (long)(b + 1) * kBlock; k += kLanes)
-          for (uint32_t left = mask_of(load(p_.data() + k) >= splat(least)); left; left &= left - 1)
-            pool_.push_back(p_[k + __builtin_ctz(left)]);
-  }
-
-  // The largest v so that what weighs `weigh` each, of all in the pool from v on, is `wanted` in sum. Uses the pool up.
-  template <class F> float last_kept(double wanted, F weigh) {
+    each_block(least, [&](size_t, const float *p) {
+      for (long k = 0; k < kBlock; k += kLanes)
+        for (uint32_t left = mask_of(load(p + k) >= splat(least)); left; left &= left - 1)
+          pool_.push_back(p[k + __builtin_ctz(left)]);
+    });
     uint32_t low = ~0u, high = 0;  // of numbers that are not negative the bits have their order
     for (float p : pool_) low = std::min(low, bits_of(p)), high = std::max(high, bits_of(p));
     for (double above = 0; low < high;) {
       const uint32_t middle = high - (high - low) / 2;
       double upper = above;
-      for (float p : pool_) upper += bits_of(p) >= middle ? weigh(p) : 0.0;
+      for (float p : pool_) upper += bits_of(p) >= middle ? What::one(p) : 0.0;
       const bool enough = upper >= wanted;
       if (enough) low = middle;
       else above = upper, high = middle - 1;
@@ -88,62 +139,33 @@ class Row {
     return low == ~0u ? 0.0f : float_of(low);
   }
 
-  float last_of(double k) {  // the k-th largest
-    float least = 0;
-    if (k <= (double)blocks_.size()) {  // that many blocks have one at least as large as this
-      for (const Block &block : blocks_) pool_.push_back(block.largest);
-      std::nth_element(pool_.begin(), pool_.begin() + ((long)k - 1), pool_.end(), std::greater<float>());
-      least = pool_[(long)k - 1];
-    }
-    gather(least);
-    return last_kept(k, [](float) { return 1.0; });
-  }
-
  public:
   template <class T> void weigh(const T *x, long width, double temperature) {
-    const long count = (width + kBlock - 1) / kBlock;
+    const long count = (width + kBlock - 1) / kBlock, whole = width / kBlock;
     width_ = width, cut_ = 0;
-    p_.resize(count * kBlock), blocks_.resize(count), pool_.clear();
-    const Vec<Wide<T>> peak = splat(peak_of(x, width));
-    const Vec<float> inverse = splat((float)(1 / temperature));
-    for (long b = 0; b < count; ++b) {
-      Vec<double> sum{};
-      Vec<float> largest{};
-      for (long i = 0; i < kBlock; i += kLanes) {
-        const long k = b * kBlock + i;
-        Vec<float> p{};
-        if (k < width) {
-          p = exp_lanes(__builtin_convertvector(load_some(x + k, (int)std::min<long>(kLanes, width - k)) - peak, Vec<float>) * inverse);
-          for (long past = width - k; past < kLanes; ++past) p[past] = 0;
-        }
-        store(p_.data() + k, p);
-        sum += __builtin_convertvector(p, Vec<double>);
-        largest = p > largest ? p : largest;
-      }
-      blocks_[b] = {sum_lanes<double>(sum), max_lanes<float>(largest)};
-    }
+    p_.resize(count * kBlock), blocks_.resize(count);
+    const Wide<T> peak = peak_of(x, width);
+    const float inverse = (float)(1 / temperature);
+    for (long b = 0; b < whole; ++b) weigh_block(x + b * kBlock, peak, inverse, b);
+    if (whole == count) return;
+    Wide<T> rest[kBlock];
+    for (long i = 0; i < kBlock; ++i)
+      rest[i] = whole * kBlock + i < width ? widen(x[whole * kBlock + i]) : -std::numeric_limits<Wide<T>>::infinity();
+    weigh_block(rest, peak, inverse, whole);
   }
 
   void truncate(const Wish &wish) {
-    float cut = 0;
-    if (wish.top_k > 0 && wish.top_k < (double)width_) cut = last_of(wish.top_k);
+    if (wish.top_k > 0 && wish.top_k < (double)width_) cut_ = last_kept<Count>(wish.top_k, 0);
     if (wish.top_p < 1) {
-      const auto itself = [](float p) { return (double)p; };
-      double total = mass();
+      const double total = cut_ > 0 ? sum<Mass>(cut_) : mass();
       // What is rarer than the average of all that top-p removes cannot end the nucleus.
-      float least = (float)((1 - wish.top_p) * total / (double)width_ * 0.999);
-      if (cut > 0) {
-        gather(cut), least = cut, total = 0;
-        for (float p : pool_) total += p;
-      } else {
-        gather(least);
-      }
-      cut = std::max(cut, last_kept(wish.top_p * total, itself));
+      const float least = (float)((1 - wish.top_p) * total / (double)width_ * 0.999);
+      cut_ = std::max(cut_, last_kept<Mass>(wish.top_p * total, std::max(cut_, least)));
     }
-    cut_ = std::max(cut, (float)wish.min_p);
-    if (cut_ > 0)
-      for (size_t b = 0; b < blocks_.size(); ++b)
-        blocks_[b].mass = blocks_[b].largest >= cut_ ? mass(p_.data() + b * kBlock, cut_) : 0;
+    cut_ = std::max(cut_, (float)wish.min_p);
+    if (cut_ == 0) return;
+    for (Block &block : blocks_) block.mass = 0;
+    each_block(cut_, [&](size_t b, const float *p) { blocks_[b].mass = Mass::many(p, cut_); });
   }
 
   // The token at which the running sum first exceeds uniform times the total, the last with mass where rounding leaves none.
