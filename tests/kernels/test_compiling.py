@@ -32,14 +32,14 @@ def test_a_processor_gets_the_best_library_that_it_can_run(tmp_path: Path) -> No
 
 
 def test_every_source_is_in_one_group_and_every_group_says_what_it_exports() -> None:
-    listed = [source for group in compiling.GROUPS.values() for source, _ in group]
+    listed = [source for group in compiling.GROUPS.values() for sources, _ in group for source in sources]
     here = Path(compiling.__file__).parent
     assert sorted(listed) == sorted(str(path.relative_to(here)) for path in compiling.sources(".cpp"))
     assert compiling.GROUPS.keys() == call.SIGNATURES.keys()
     exported = {
         group: set(re.findall(r"EXPORT\((\w+)\)\((?:const|Element|int|\))", text))
-        for group, sources in compiling.GROUPS.items()
-        for text in ["".join((here / source).read_text() for source, _ in sources)]
+        for group, units in compiling.GROUPS.items()
+        for text in ["".join((here / source).read_text() for sources, _ in units for source in sources)]
     }
     for group, functions in call.SIGNATURES.items():
         assert exported[group] == functions.keys()
@@ -52,7 +52,7 @@ def test_a_failed_build_leaves_no_library_of_an_earlier_one(tmp_path: Path, monk
     (tmp_path / "prebuilt").mkdir()
     (tmp_path / "prebuilt/avx2.so").touch()
     monkeypatch.setattr(compiling, "compiles_variants", lambda: True)
-    monkeypatch.setattr(compiling, "units", lambda group, element: [(bad, element)])
+    monkeypatch.setattr(compiling, "units", lambda group, element: [([bad], element)])
     with pytest.raises(compiling.CompileError):
         compiling.compile_variants(tmp_path / "prebuilt")
     assert not (tmp_path / "prebuilt").exists()
@@ -65,10 +65,10 @@ def test_a_library_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     bad.write_text("this is no program")
     cxx = compiling.compiler()
     assert cxx is not None
-    compiling.compile_library(cxx, tmp_path / "good.so", [(good, "float")])
+    compiling.compile_library(cxx, tmp_path / "good.so", [([good], "float")])
     assert ctypes.CDLL(str(tmp_path / "good.so")).seven() == 7
     with pytest.raises(compiling.CompileError, match=r"bad\.cpp"):
-        compiling.compile_library(cxx, tmp_path / "both.so", [(good, "float"), (bad, "float")])
+        compiling.compile_library(cxx, tmp_path / "both.so", [([good], "float"), ([bad], "float")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.cpp", "good.cpp", "good.so"]
 
 

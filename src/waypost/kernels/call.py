@@ -32,6 +32,7 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "swiglu_backward": [_P, _L, _P, _L, _P, _L, _I, _P, _P, _I],
     },
     "logits": {
+        "draw": [_P, _P, _P, _P, _P, _L, _L, _I],
         "largest": [_P, _L, _L, _L, _P, _P, _I],
         "log_sum_exp": [_P, _L, _L, _I, _P, _I],
         "cross_entropy_gradient": [_P, _L, _I, _P, _P, _P, _I],
@@ -46,7 +47,6 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "pack_quantized": [_I, _P, _L, _L, _L, _L, _P, _I],
     },
     "int8": {"linear_int8": [_P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _L, _P, _I]},
-    "draw": {"draw": [_P, _P, _P, _P, _P, _L, _L, _I]},
     "greedy": {
         "greedy": [_P, _L, _P, _P, _P, _I],
         "greedy_pays": [],

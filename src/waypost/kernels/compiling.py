@@ -29,26 +29,24 @@ NATIVE = ("-march=native",)
 ELEMENTS = ("float", "bf16", "double")
 """The element types in C++; a source is compiled once for each that it serves."""
 _ROWS = ("float", "bf16")
-_Source = tuple[str, tuple[str, ...]]
-GROUPS: dict[str, tuple[_Source, ...]] = {
+_Unit = tuple[tuple[str, ...], tuple[str, ...]]
+GROUPS: dict[str, tuple[_Unit, ...]] = {
     "pass": (
-        ("attention/forward.cpp", ELEMENTS),
-        ("layers/layers.cpp", _ROWS),
-        ("linear/linear.cpp", _ROWS),
-        ("rms_norm/rms_norm.cpp", ELEMENTS),
+        (("attention/forward.cpp", "rms_norm/rms_norm.cpp"), ELEMENTS),
+        (("layers/layers.cpp", "linear/linear.cpp"), _ROWS),
     ),
-    "elementwise": (("rope/rope.cpp", ELEMENTS), ("swiglu/swiglu.cpp", ELEMENTS)),
-    "logits": (("cross_entropy/cross_entropy.cpp", ELEMENTS), ("largest/largest.cpp", ELEMENTS)),
-    "training": (("attention/backward.cpp", ELEMENTS), ("squared_norm/squared_norm.cpp", ELEMENTS)),
-    "quantized": (("linear/quantized.cpp", ("bf16",)),),
-    "int8": (("linear/int8.cpp", _ROWS),),
-    "draw": (("draw/draw.cpp", ELEMENTS),),
-    "greedy": (("greedy/greedy.cpp", ("bf16",)),),
-    "low_rank": (("low_rank/low_rank.cpp", ELEMENTS),),
-    "counting": (("attention/counting.cpp", ELEMENTS),),
+    "elementwise": ((("rope/rope.cpp", "swiglu/swiglu.cpp"), ELEMENTS),),
+    "logits": ((("cross_entropy/cross_entropy.cpp", "draw/draw.cpp", "largest/largest.cpp"), ELEMENTS),),
+    "training": ((("attention/backward.cpp", "squared_norm/squared_norm.cpp"), ELEMENTS),),
+    "quantized": ((("linear/quantized.cpp",), ("bf16",)),),
+    "int8": ((("linear/int8.cpp",), _ROWS),),
+    "greedy": ((("greedy/greedy.cpp",), ("bf16",)),),
+    "low_rank": ((("low_rank/low_rank.cpp",), ELEMENTS),),
+    "counting": ((("attention/counting.cpp",), ELEMENTS),),
 }
-"""The sources, those together that are used together, each with the types that it serves. A group in one element type is a
-library, compiled when it is first used, the longest source first."""
+"""Units, those together that are used together: sources, and the types that they serve. A group in one element type is a
+library, compiled when it is first used. The sources of a unit are compiled as one, for the system's headers alone take half a
+second each time; those of "pass" are two units, of about the same length."""
 
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Where a wheel has the libraries of VARIANTS, NAME.so each."""
@@ -77,23 +75,24 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
 
 
-def units(group: str, element: str) -> list[tuple[Path, str]]:
-    """What a group's library for an element type is compiled from: sources, each with the element type."""
+def units(group: str, element: str) -> list[tuple[list[Path], str]]:
+    """What a group's library for an element type is compiled from: sources that go together, with the element type."""
     here = Path(__file__).parent
-    return [(here / source, element) for source, serves in GROUPS[group] if element in serves]
+    return [([here / source for source in sources], element) for sources, serves in GROUPS[group] if element in serves]
 
 
-def compile_library(cxx: str, to: Path, units: Sequence[tuple[Path, str]], processor: Sequence[str] = NATIVE) -> None:
+def compile_library(cxx: str, to: Path, units: Sequence[tuple[list[Path], str]], processor: Sequence[str] = NATIVE) -> None:
     """Compiles `units` for `processor` into the library `to`, which is there as a whole or not at all. CompileError."""
     flags = [*FLAGS, *processor]
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         objects = [Path(folder) / f"{i}.o" for i in range(len(units))]
         commands = [
-            [cxx, *flags, f"-DWAYPOST_ELEMENT={element}", "-c", "-o", str(out), str(source)]
-            for out, (source, element) in zip(objects, units, strict=True)
+            [cxx, *flags, f"-DWAYPOST_ELEMENT={element}", "-c", "-o", str(out), "-x", "c++", "-"]
+            for out, (_, element) in zip(objects, units, strict=True)
         ]
+        texts = ["".join(f'#include "{source}"\n' for source in sources) for sources, _ in units]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
+            list(pool.map(_run, commands, texts))
         out = Path(folder) / to.name
         _run([cxx, *flags, "-shared", "-o", str(out), *map(str, objects)])
         os.replace(out, to)  # another process may have built the same file meanwhile: either one is right
@@ -127,7 +126,7 @@ def prebuilt(features: set[str], folder: Path = PREBUILT) -> Path | None:
     return next((path for path in fitting if path.exists()), None)
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], text: str = "") -> None:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(f"{command[0]}: {done.stderr[-2000:]}")

@@ -6,7 +6,7 @@ namespace waypost {
 namespace {
 
 constexpr int kMany = 4;  // vectors at once: one comparison does not wait for another
-constexpr int kStep = kMany * kLanes;
+constexpr int kAtOnce = kMany * kLanes;
 
 // Whether any lane is set, of lanes that are all ones or all zeros.
 template <class Lanes> inline bool any(Lanes lanes) {
@@ -18,11 +18,11 @@ template <class Lanes> inline bool any(Lanes lanes) {
 
 template <class T> void largest(const T *row, long width, Wide<T> &peak, int64_t &place) {
   typedef Wide<T> A;
-  const long whole = width / kStep * kStep;
+  const long whole = width / kAtOnce * kAtOnce;
   Vec<A> top[kMany];
   for (Vec<A> &each : top) each = splat(-std::numeric_limits<A>::infinity());
   auto nan = top[0] != top[0];
-  for (long k = 0; k < whole; k += kStep)
+  for (long k = 0; k < whole; k += kAtOnce)
 #pragma GCC unroll 4
     for (int i = 0; i < kMany; ++i) {
       const Vec<A> x = load(row + k + i * kLanes);
@@ -37,7 +37,7 @@ template <class T> void largest(const T *row, long width, Wide<T> &peak, int64_t
     peak = x > peak ? x : peak;
     missing |= x != x;
   }
-  for (place = 0; place < whole; place += kStep) {
+  for (place = 0; place < whole; place += kAtOnce) {
     auto found = top[0] != top[0];
 #pragma GCC unroll 4
     for (int i = 0; i < kMany; ++i) {
