@@ -37,7 +37,7 @@ def draw(
 
 def check_distribution(kernel: str, logits: Tensor, want: Tensor, **how: float) -> None:
     """`want` (V,) in float64: drawn at the middle of each token's interval, that token comes, with its share; so all that is
-    left out there is left out here, since the shares sum to one."""
+    left out there is left out here, to a few millionths, since the shares sum to one."""
     kept = torch.nonzero(want)[:, 0]
     ends = want[kept].cumsum(0)
     wide = want[kept] > 1e-7  # what is narrower than a rounding of float32 may lie beside its place
@@ -138,6 +138,25 @@ def test_the_ends_of_the_interval_draw_tokens_that_are_kept(kernel: str) -> None
         tokens, shares = draw(kernel, logits, [0.0, MOST])
         assert tokens == [3, 2 * BLOCK + 6]
         assert min(shares) > 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_largest_temperatures_make_all_that_is_allowed_alike(kernel: str) -> None:
+    logits = rows(1)[0]
+    logits[::2] = -math.inf
+    for temperature in (1e30, 1e46, 1e300):
+        tokens, shares = draw(kernel, logits, [0.0, 0.5, MOST], temperature)
+        assert tokens == [1, V // 2 + 1, V - 1]
+        assert shares == pytest.approx([2 / V] * 3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("how", [{"k": 50}, {"k": 50, "p": 0.9}])
+def test_more_are_to_be_kept_than_may_come(kernel: str, how: dict[str, float]) -> None:
+    logits = torch.full((3000,), -math.inf)
+    logits[[5, 700, 2999]] = torch.tensor([0.0, 1.0, -2.0])
+    complete = {"temperature": 1.0, "k": 0, "p": 1.0, "m": 0.0, **how}
+    check_distribution(kernel, logits, slowly(logits, **complete), **complete)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -229,3 +229,17 @@ def test_a_difference_is_found_and_its_count_named() -> None:
     x = trial_input(8, 8, torch.float32)
     assert differing_count(lambda part: part + (len(part) == 7), x, x, (3, 7, 9)) == 7
     assert differing_count(lambda part: part * 1, x, x, (3, 7, 9)) is None
+
+
+def test_of_many_outputs_a_few_rows_are_enough_to_find_a_difference() -> None:
+    """Of which the bits depend on a row's place, on a place past the first sixteen, or on calls of two rows."""
+    x = torch.randn(32, 1 << 17)
+    place = torch.arange(32)[:, None]
+    for product, first in (
+        (lambda part: part + place[: len(part)], 3),
+        (lambda part: part + (place[: len(part)] >= 16), 9),
+        (lambda part: part + (len(part) == 2), 3),
+        (lambda part: part + (len(part) == 16), 16),
+        (lambda part: part * 1, None),
+    ):
+        assert differing_count(product, x, product(x), (3, 9, 16)) == first

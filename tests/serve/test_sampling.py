@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from waypost.core.config import build, to_tree
 from waypost.core.errors import ConfigError
 from waypost.core.rng import uniform_at
 from waypost.kernels import select
+from waypost.kernels.build import available
 from waypost.serve.answer import Answer
 from waypost.serve.sampling import Ask, Draw, Sampling, penalties, sample
 
@@ -125,6 +127,20 @@ def test_logits_that_are_not_finite_fail_their_row_alone(value: float) -> None:
     assert draws[0].failure is not None
     assert "not finite" in draws[0].failure
     assert draws[1].failure is None
+
+
+@pytest.mark.parametrize("kernel", ["naive", "cpu"] if available() else ["naive"])
+def test_what_a_request_leaves_nothing_of_fails_it_alone(kernel: Any) -> None:
+    """All forbidden; or so much added to a token that it is infinite."""
+    logits, free = rows(3), Sampling(temperature=1.0)
+    much = Sampling(temperature=1.0, logit_bias={5: 1e39})
+    none = Ask(free, 0, 0, 0, allowed=torch.zeros(V, dtype=torch.bool))
+    ops = select(kernel=kernel)
+    draws = sample(logits, [none, Ask(much, 0, 0, 0), Ask(free, 0, 0, 0)], ops)
+    for draw in draws[:2]:
+        assert draw.failure is not None
+        assert "what the request forbids or adds leaves logits that are not finite" in draw.failure
+    assert draws[2] == sample(logits[2:], [Ask(free, 0, 0, 0)], ops)[0]
 
 
 @pytest.mark.parametrize(

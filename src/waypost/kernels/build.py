@@ -128,5 +128,7 @@ def _build(path: Path, group: str, element: str) -> None:
     say(f"compiling kernels for this processor, once: {group} in {element}")
     try:
         compiling.compile_library(cxx, path, compiling.units(group, element))
-    except compiling.CompileError as error:
-        raise ConfigError(f"the C++ kernels do not compile; choose kernel='naive' and report this:\n{error}") from error
+    except (compiling.CompileError, OSError) as error:
+        raise ConfigError(
+            f"the C++ kernels could not be compiled; choose kernel='naive', and report it if it is our fault:\n{error}"
+        ) from error

@@ -162,7 +162,7 @@ def check_numerics(model: Decoder) -> None:
         seen.add(shape)
         inputs, outputs = shape[:2]
         x = trial_input(inputs, outputs, model.dtype)
-        count = differing_count(product, x, product(x), TRIED_ROWS)
+        count = differing_count(product, x, product(x), [n for n in TRIED_ROWS if n < len(x)])
         if count is not None:
             raise NumericsError(
                 f"numerics='exact' does not hold here: with {counted(torch.get_num_threads(), 'thread')} the bits of "

@@ -12,6 +12,7 @@ from waypost.kernels.call import WIDE, kernels, rows_of
 
 
 def draw(logits: Tensor, rows: Sequence[int], edited: Sequence[Tensor | None], wishes: Tensor) -> tuple[Tensor, Tensor]:
+    run = kernels(logits).draw
     logits, count, width = rows_of(logits), len(rows), logits.shape[1]
     if rows and not 0 <= min(rows) <= max(rows) < len(logits):
         raise ShapeError(f"rows {min(rows)} to {max(rows)} of {len(logits)} rows of logits")
@@ -24,5 +25,5 @@ def draw(logits: Tensor, rows: Sequence[int], edited: Sequence[Tensor | None], w
     wishes = wishes.to(torch.float64).contiguous()
     tokens, shares = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.float64)
     pointers = (t.data_ptr() for t in (plain, wide, wishes, tokens, shares))
-    kernels(logits).draw(*pointers, count, width, torch.get_num_threads())
+    run(*pointers, count, width, torch.get_num_threads())
     return tokens, shares

@@ -1,8 +1,9 @@
 // A token from each row of logits: temperature, top-k, top-p, min-p, and the inverse of the cumulative distribution.
 //
 // Nothing is sorted. What a truncation keeps is all from some probability on; which one is found by halving the interval of its
-// bits, among the few tokens that may be it. A block of tokens knows its mass and its largest, so most are passed over. Sums are
-// in float64 and in the order of the vocabulary, each row by one thread.
+// bits, among the few tokens that may be it: top-k's too, so that logits which a temperature brings closer than float32 tells
+// apart stay together. A block of tokens knows its mass and its largest, so most are passed over. Sums are in float64 and in one
+// fixed order, each row by one thread.
 
 #include <algorithm>
 #include <vector>
@@ -13,6 +14,7 @@ namespace waypost {
 namespace {
 
 constexpr long kBlock = 256;
+constexpr float kTiny = 0x1p-126f;  // a probability is zero, or larger than this: exp_lanes
 
 // The columns of DrawOp's wishes.
 struct Wish {
@@ -145,7 +147,7 @@ class Row {
     width_ = width, cut_ = 0;
     p_.resize(count * kBlock), blocks_.resize(count);
     const Wide<T> peak = peak_of(x, width);
-    const float inverse = (float)(1 / temperature);
+    const float inverse = std::max((float)(1 / temperature), kTiny);  // zero times what is forbidden would be no number
     for (long b = 0; b < whole; ++b) weigh_block(x + b * kBlock, peak, inverse, b);
     if (whole == count) return;
     Wide<T> rest[kBlock];
@@ -155,7 +157,7 @@ class Row {
   }
 
   void truncate(const Wish &wish) {
-    if (wish.top_k > 0 && wish.top_k < (double)width_) cut_ = last_kept<Count>(wish.top_k, 0);
+    if (wish.top_k > 0 && wish.top_k < (double)width_) cut_ = last_kept<Count>(wish.top_k, kTiny);
     if (wish.top_p < 1) {
       const double total = cut_ > 0 ? sum<Mass>(cut_) : mass();
       // What is rarer than the average of all that top-p removes cannot end the nucleus.

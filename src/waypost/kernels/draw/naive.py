@@ -33,7 +33,7 @@ def distribution(logits: Tensor, wishes: Tensor) -> Tensor:
     not sum to one."""
     temperature, k, p, m, _ = wishes[:, :, None].unbind(1)  # (n, 1) each
     x = logits - logits.amax(-1, keepdim=True)  # a small temperature then overflows to minus infinity, never to NaN
-    x = x / temperature.float()
+    x = x / temperature.clamp(max=torch.finfo(torch.float32).max).float()
     if bool((k > 0).any()):
         x = truncation.top_k(x, torch.where(k > 0, k, x.shape[1]).clamp(max=x.shape[1]).long())
     probs = torch.softmax(x, dim=-1)

@@ -28,10 +28,10 @@ def trial_input(inputs: int, outputs: int, dtype: torch.dtype) -> Tensor:
 
 def differing_count(product: Callable[[Tensor], Tensor], x: Tensor, want: Tensor, counts: Iterable[int]) -> int | None:
     """The first of `counts` for which `product`, given x (T, K) so many rows at a time, has other bits than want (T, N): those
-    of all rows, or of as many as have TRIAL_OUTPUTS outputs."""
+    of all rows, or of as many as have TRIAL_OUTPUTS outputs, which are two parts at least, and a rest of two rows."""
     enough = -(-TRIAL_OUTPUTS // max(1, want.shape[1]))
     for count in counts:
-        num_rows = -(-enough // count) * count
+        num_rows = max(2, -(-enough // count)) * count + 2
         parts = zip(x[:num_rows].split(count), want[:num_rows].split(count))
         if any(not torch.equal(product(part), rows) for part, rows in parts):
             return count

@@ -179,7 +179,7 @@ def _screen(weight: Tensor) -> Screen | None:
     """A screen where it is of use; a pass can do without, so a kernel that cannot be compiled now is no error."""
     try:
         return Screen(weight) if fits(weight) and pays(weight) else None
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         say(f"every request computes all logits from now on, for the kernel of greedy ones is not to be had: {error}")
         return None
 

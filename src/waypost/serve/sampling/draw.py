@@ -91,8 +91,8 @@ class Likeliest:
         ]
 
 
-def _failure(peak: float) -> Draw:
-    return Draw(token_id=0, failure=f"the model gave logits that are not finite (largest: {peak})")
+def _failure(peak: float, who: str = "the model gave") -> Draw:
+    return Draw(token_id=0, failure=f"{who} logits that are not finite (largest: {peak})")
 
 
 @torch.no_grad()
@@ -103,11 +103,13 @@ def sample(logits: Tensor | Likeliest, asks: Sequence[Ask], ops: Ops, weight_ver
         assert all(ask.plain for ask in asks), "more is asked for than the largest logits"
         return logits.draws(weight_version)
     peak, best = ops.largest(logits)
-    failed = {i: v for i, v in enumerate(peak.tolist()) if not math.isfinite(v)}
+    failed = {i: _failure(v) for i, v in enumerate(peak.tolist()) if not math.isfinite(v)}
     edited = {i: _edit(logits[i].float(), ask) for i, ask in enumerate(asks) if ask.edits and i not in failed}
     tokens: list[int] = best.tolist()
     for i, row in edited.items():
         tokens[i] = int(row.argmax())
+        if not math.isfinite(most := float(row[tokens[i]])):
+            failed[i] = _failure(most, "what the request forbids or adds leaves")
     drawn: dict[int, float] = {}
     if sampled := [i for i, ask in enumerate(asks) if ask.sampling.temperature > 0 and i not in failed]:
         wishes = torch.tensor([_wish(asks[i]) for i in sampled], dtype=torch.float64)
@@ -118,7 +120,7 @@ def sample(logits: Tensor | Likeliest, asks: Sequence[Ask], ops: Ops, weight_ver
     out = []
     for i, token in enumerate(tokens):
         if i in failed:
-            out.append(_failure(failed[i]))
+            out.append(failed[i])
         elif i in measured:
             out.append(Draw(token, measured[i][0], drawn.get(i, 0.0), measured[i][1], weight_version=weight_version))
         else:
