@@ -21,6 +21,7 @@ from waypost.core.errors import ConfigError
 from waypost.serve.api import asgi, chat_schemas, schemas
 from waypost.serve.api.access import Caller, Callers
 from waypost.serve.api.app import create_app
+from waypost.serve.api.server import complete_routes
 from waypost.serve.engine import Engine
 
 ASK = {"model": MODEL, "prompt": "a", "max_tokens": 2, "seed": 1}
@@ -287,6 +288,25 @@ def test_a_client_that_hangs_up_frees_the_engine(
     eventually(lambda: live.app.state.service.in_flight == 0)
     permits.release(10_000)
     assert live.post("/v1/completions", ASK).status_code == 200
+
+
+def test_the_first_request_waits_for_no_route_to_be_derived(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    plain = TypeAdapter.__init__
+
+    def counted(self: TypeAdapter[Any], *args: Any, **options: Any) -> None:
+        made.append(self)
+        plain(self, *args, **options)
+
+    monkeypatch.setattr(TypeAdapter, "__init__", counted)
+    app = create_app(None, None, MODEL)
+    with serving(app) as url:
+        complete_routes(app)
+        assert made
+        made.clear()
+        for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+            assert request("POST", url + path, json=ASK).status_code in (400, 503)
+        assert not made
 
 
 def test_health_follows_the_engine(checkpoint: str) -> None:
