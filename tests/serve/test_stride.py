@@ -136,9 +136,7 @@ def test_what_fails_on_the_way_fails_its_request(model: Decoder) -> None:
     prompts = [prompt_of(6, 1), prompt_of(6, 2)]
     wish = replace(GREEDY, ignore_eos=True)
     found = [c.token_ids for c in make_engine(model).generate(prompts, wish)]
-    bad = next((t for t in found[0] if t not in (*found[1], *prompts[0], *prompts[1])), None)
-    if bad is None:
-        pytest.skip("both answers have the same tokens")
+    bad = next(t for t in found[0] if t not in (*found[1], *prompts[0], *prompts[1]))
     weight, kept = model.model.embed_tokens.weight, model.model.embed_tokens.weight.detach().clone()
     engine = make_engine(model)
     try:
