@@ -29,9 +29,14 @@ Floats = NDArray[np.float64]
 
 def correlations(x: Floats, y: Floats) -> Floats:
     """Pearson's correlation of each column of x (T, M) with that of y (T, M): (M,); 0 where one of them does not move."""
-    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    x, y = (_up_to_one(z - z.mean(axis=0)) for z in (x, y))  # squares of the smallest numbers would be zero, or hardly right
     scale = np.sqrt((x * x).sum(axis=0) * (y * y).sum(axis=0))
     return np.where(scale > 0, (x * y).sum(axis=0) / np.where(scale > 0, scale, 1.0), 0.0)
+
+
+def _up_to_one(x: Floats) -> Floats:
+    largest = np.abs(x).max(axis=0)
+    return x / np.where(largest > 0, largest, 1.0)
 
 
 @technique
