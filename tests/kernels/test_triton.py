@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from test_kernels import TOLERANCE, assert_near, draw, value_and_grads
 from torch import Tensor
 
@@ -18,6 +23,26 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, by whomever
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted_products() -> Iterator[None]:
+    """The interpreter multiplies with NumPy, whose library gives a row other bits at another place of the tile on some
+    processors, as the matrix units of a GPU do not. Here every entry of a product has one order of addition."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def in_order(a: NDArray[Any], b: NDArray[Any], dtype: Any) -> NDArray[Any]:
+        total = np.zeros((a.shape[0], b.shape[1]), dtype)
+        for k in range(a.shape[1]):
+            total += a[:, k, None].astype(dtype) * b[k].astype(dtype)
+        return total
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "np", SimpleNamespace(**{**vars(np), "matmul": in_order}))
+        yield
 
 
 @pytest.fixture(scope="module")
