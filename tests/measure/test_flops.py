@@ -54,6 +54,18 @@ def test_training_and_decoding() -> None:
     assert sum(steps) / 50 == pytest.approx(flops.forward_flops(config, 50))
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_hidden_layers": 1}, MOE])
+def test_a_prefill_leaves_out_what_nobody_reads(changes: dict) -> None:
+    """Token by token: every one through all layers but the last, its keys and values there, the last one all the way."""
+    config = tiny_config(**changes)
+    layers, tokens, spec = len(config.layers), 9, config.layers[0].mixer
+    head = 2 * config.hidden_size * config.vocab_size
+    through = [(flops.decode_flops(config, context) - head) / layers for context in range(tokens)]  # layers are equal
+    stored = 2 * config.hidden_size * 2 * spec.num_key_value_heads * spec.head_dim
+    want = sum((layers - 1) * each for each in through) + (tokens - 1) * stored + through[-1] + head
+    assert flops.prefill_flops(config, tokens) == pytest.approx(want, rel=1e-12)
+
+
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(ConfigError, match="no count for int"):
         flops._of(3)

@@ -122,6 +122,30 @@ def test_from_tokens_to_logits_in_one_call_is_embedding_layers_and_head(variant:
             )
 
 
+@everywhere
+def test_rows_that_nobody_asks_for_stop_at_the_keys_of_the_last_layer(variant: str, arithmetic: str, threads: int) -> None:
+    """Whichever rows are asked for, in whatever order: their logits and all pages are those of a pass over every row."""
+    torch.set_num_threads(threads)
+    model = served(variant, ARITHMETIC[arithmetic])
+    assert model.at_once is not None
+    spans, adapters = [(0, 9), (40, 1), (17, 30), (3, 1), (70, 26)], [0, None, 2, 1, None]
+    for each in (adapters, []):
+        rows, kv = rows_of(model, spans, each)
+        with torch.inference_mode():
+            every = model.at_once.logits(rows)
+        if every is None:
+            assert ARITHMETIC[arithmetic] != model.model.embed_tokens.weight.dtype
+            continue
+        for wanted in ([], [8], [66, 8, 9], [9, 9, 40], [*range(67)], [*range(66, -1, -1)]):
+            rows, own = rows_of(model, spans, each)
+            with torch.inference_mode():
+                found = model.at_once.logits(rows, torch.tensor(wanted, dtype=torch.int64))
+            assert found is not None
+            assert torch.equal(found, every[wanted]), wanted
+            pages = zip(kv.k_pages + kv.v_pages, own.k_pages + own.v_pages, strict=True)
+            assert all(torch.equal(a, b) for a, b in pages), wanted
+
+
 def test_a_changed_head_or_embedding_is_followed() -> None:
     model = served("one-kv-head-wide")
     assert model.at_once is not None

@@ -47,13 +47,10 @@ def roofline(tokens: int, flops: float, moved_bytes: float, machine: Machine) ->
 
 
 def prefill(model: str, tokens: int, machine: Machine) -> Roofline:
-    """Of a prompt of `tokens` tokens. The head runs for its last row alone."""
-    from waypost.measure.flops import forward_flops
+    """Of a prompt of `tokens` tokens, to the logits that follow it."""
+    from waypost.measure.flops import prefill_flops
 
-    config = config_of(model)
-    head = 2.0 * config.hidden_size * config.vocab_size
-    flops = tokens * (forward_flops(config, tokens) - head) + head
-    return roofline(tokens, flops, weight_bytes(model), machine)
+    return roofline(tokens, prefill_flops(config_of(model), tokens), weight_bytes(model), machine)
 
 
 def decode(model: str, streams: int, context_tokens: int, machine: Machine) -> Roofline:

@@ -253,6 +253,21 @@ template <class A, class F> inline A fold_lanes(Vec<A> v, F f) {
   v = f(v, __builtin_shuffle(v, Lanes{1}));
   return v[0];
 }
+// fold_lanes of each of four vectors, to out[0 .. 4]: the same steps, taken together.
+template <class A, class F> inline void fold_four(const Vec<A> (&v)[4], F f, A *out) {
+  typedef std::conditional_t<sizeof(A) == 4, VecI, VecL> Lanes;
+  constexpr Lanes low_halves{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+  constexpr Lanes low_quarters{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+  Vec<A> two[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    two[i] = f(__builtin_shuffle(v[2 * i], v[2 * i + 1], low_halves), __builtin_shuffle(v[2 * i], v[2 * i + 1], low_halves + 8));
+  Vec<A> all = f(__builtin_shuffle(two[0], two[1], low_quarters), __builtin_shuffle(two[0], two[1], low_quarters + 4));
+  all = f(all, __builtin_shuffle(all, Lanes{2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15}));
+  all = f(all, __builtin_shuffle(all, Lanes{1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9, 13, 13, 13, 13}));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) out[i] = all[4 * i];
+}
 template <class A> inline A sum_lanes(Vec<A> v) {
   return fold_lanes<A>(v, [](Vec<A> x, Vec<A> y) { return x + y; });
 }
@@ -292,16 +307,23 @@ template <class T> inline Wide<T> peak_of(const T *row, long width) {
 // exp, Cody and Waite's reduction and a Taylor polynomial of degree 7 on |r| <= ln(2) / 2: below 2 units in the last place.
 inline Vec<float> exp_lanes(Vec<float> x) {
   const Vec<float> low = splat(-87.0f), high = splat(88.0f), magic = splat(12582912.0f);
-  VecI tiny = x < low;
-  VecI nan = x != x;
+#if defined(__AVX512F__)  // the same bits with fewer instructions: of these a NaN comes through each, as the second operand here
+  const Vec<float> y = (Vec<float>)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));
+#else
+  const VecI tiny = x < low, nan = x != x;
   Vec<float> y = x < low ? low : x;
   y = y > high ? high : y;
+#endif
   const Vec<float> t = fma<float>(y, splat(1.44269504088896341f), magic);
   const Vec<float> n = t - magic;
   Vec<float> r = fma<float>(n, splat(-0.693145751953125f), y);
   r = fma<float>(n, splat(-1.42860682030941723212e-6f), r);
   Vec<float> p = splat(1.0f / 5040);
   for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma<float>(p, r, splat(c));
+#if defined(__AVX512F__)
+  const __mmask16 not_tiny = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(not_tiny, (__m512)p, (__m512)n);
+#else
   VecI bits;
   std::memcpy(&bits, &p, sizeof bits);
   bits += __builtin_convertvector(n, VecI) << 23;
@@ -309,6 +331,7 @@ inline Vec<float> exp_lanes(Vec<float> x) {
   std::memcpy(&out, &bits, sizeof out);
   out = tiny ? splat(0.0f) : out;
   return nan ? x : out;
+#endif
 }
 inline Vec<double> exp_lanes(Vec<double> x) {
   double buffer[kLanes];

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from waypost.core.errors import ConfigError
-from waypost.model.config import ModelConfig
+from waypost.model.config import LayerSpec, ModelConfig
 from waypost.model.ffn import Dense, Moe
 from waypost.model.mixer import Attention
 
@@ -35,7 +35,19 @@ def training_flops(config: ModelConfig, seq_len: int) -> float:
 
 def decode_flops(config: ModelConfig, context_tokens: int) -> float:
     """FLOPs of one generated token that follows `context_tokens` others."""
-    return _total(config, lambda window: float(min(context_tokens + 1, window or context_tokens + 1)))
+    return _total(config, _keys_after(context_tokens))
+
+
+def prefill_flops(config: ModelConfig, tokens: int) -> float:
+    """FLOPs from a prompt of `tokens` tokens to the logits that follow it, all of them: where nobody asks for more, the other
+    rows need no more of the last layer than keys and values, and nothing of the head."""
+    *before, last = config.layers
+    hidden, others = config.hidden_size, tokens - 1
+    projection = 2.0 * hidden * hidden if config.embedding_projection else 0.0
+    every = sum(_layer(layer, hidden, lambda window: mean_keys(tokens, window)) for layer in before) + projection
+    stored = _keys_and_values(last.mixer, hidden) if isinstance(last.mixer, Attention) else 0.0
+    answer = _layer(last, hidden, _keys_after(others)) + 2.0 * hidden * config.vocab_size + projection
+    return tokens * every + others * stored + answer
 
 
 def mean_keys(seq_len: int, window: int | None = None) -> float:
@@ -45,18 +57,27 @@ def mean_keys(seq_len: int, window: int | None = None) -> float:
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
 
+def _keys_after(context_tokens: int) -> Keys:
+    return lambda window: float(min(context_tokens + 1, window or context_tokens + 1))
+
+
 def _total(config: ModelConfig, keys: Keys) -> float:
-    layers = sum(
-        _of(layer.mixer)(layer.mixer, config.hidden_size, keys) + _of(layer.ffn)(layer.ffn, config.hidden_size, keys)
-        for layer in config.layers
-    )
+    layers = sum(_layer(layer, config.hidden_size, keys) for layer in config.layers)
     projections = 2 * config.hidden_size if config.embedding_projection else 0
     return layers + 2.0 * config.hidden_size * (config.vocab_size + projections)
 
 
+def _layer(layer: LayerSpec, hidden: int, keys: Keys) -> float:
+    return _of(layer.mixer)(layer.mixer, hidden, keys) + _of(layer.ffn)(layer.ffn, hidden, keys)
+
+
 def _attention(spec: Attention, hidden: int, keys: Keys) -> float:
-    queries, pairs = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-    return 2.0 * hidden * (2 * queries + 2 * pairs) + 4.0 * queries * keys(spec.window)
+    queries = spec.num_attention_heads * spec.head_dim
+    return 4.0 * hidden * queries + _keys_and_values(spec, hidden) + 4.0 * queries * keys(spec.window)
+
+
+def _keys_and_values(spec: Attention, hidden: int) -> float:
+    return 4.0 * hidden * spec.num_key_value_heads * spec.head_dim
 
 
 def _dense(spec: Dense, hidden: int, keys: Keys) -> float:

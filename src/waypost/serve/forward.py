@@ -40,9 +40,8 @@ def run_spans(model: Decoder, kv: PagedKv, spans: Sequence[Span]) -> tuple[list[
             continue
         batch, table, slots = build_batch(here)
         rows = Rows(batch, model.ops, kv.step(table, slots), _adapters(model, here))
-        answers = stop == last and bool(ready)
-        wanted = _answered(here, ready) if answers else None
-        if first == 0 and answers and model.at_once is not None and all(s.sequence.reader is None for s in here):
+        wanted = _answered(here, ready) if stop == last else None
+        if first == 0 and stop == last and model.at_once is not None and all(s.sequence.reader is None for s in here):
             logits = _at_once(model.at_once, rows, wanted, ready)
             if logits is not None:
                 break
@@ -52,13 +51,14 @@ def run_spans(model: Decoder, kv: PagedKv, spans: Sequence[Span]) -> tuple[list[
             for span, part in zip(here, h.split([s.num_rows for s in here]), strict=True):
                 span.sequence.hidden = part
         else:
-            logits = model.head(h if wanted is None else h[wanted], rows) if answers else None
+            logits = model.head(h if wanted is None else h[wanted], rows) if ready else None
             _read(model, h, rows, here)
-    return ready, logits
+    return ready, logits if ready else None
 
 
 def _at_once(model: AtOnce, rows: Rows, wanted: Tensor | None, ready: Sequence[Span]) -> Tensor | Likeliest | None:
-    largest = model.largest(rows, wanted) if all(s.sequence.answer.plain for s in ready) else None
+    """Of no wanted row there are no logits, and the pass fills the pages alone."""
+    largest = model.largest(rows, wanted) if ready and all(s.sequence.answer.plain for s in ready) else None
     return model.logits(rows, wanted) if largest is None else Likeliest(*largest)
 
 
@@ -70,6 +70,8 @@ def _adapters(model: Decoder, spans: Sequence[Span]) -> StepAdapters | None:
 
 def _answered(spans: Sequence[Span], ready: Sequence[Span]) -> Tensor | None:
     """(n,) int64: the rows of `spans` whose logits are wanted, those of `ready` after all of their tokens; None: every row."""
+    if not ready:
+        return torch.empty(0, dtype=torch.int64)
     counts = [s.num_rows for s in spans]
     if len(ready) == len(spans) == sum(counts):
         return None

@@ -183,23 +183,28 @@ def _draw_s(engine: Engine, work: Work) -> float:
 def _parts(
     config: ModelConfig, work: Work, taken: Mapping[str, float], whole: float, draw_s: float, screened: bool
 ) -> list[Part]:
-    from waypost.measure.flops import decode_flops, forward_flops, mean_keys
+    from waypost.measure.flops import decode_flops, mean_keys, prefill_flops
     from waypost.model.mixer import Attention
 
     context = work.prompt_tokens + STEPS // 2 if work.streams else 0
     mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, Attention)]
-    keys = [
-        min(context + 1.0, m.window or context + 1) if work.streams else mean_keys(work.prompt_tokens, m.window) for m in mixers
-    ]
-    counted = decode_flops(config, context) if work.streams else forward_flops(config, work.prompt_tokens)
-    attention = sum(4.0 * m.num_attention_heads * m.head_dim * k for m, k in zip(mixers, keys, strict=True))
+    after = context if work.streams else work.prompt_tokens - 1  # tokens before the row that is answered
+    last = [min(after + 1.0, m.window or after + 1) for m in mixers]
+    every = last if work.streams else [mean_keys(work.prompt_tokens, m.window) for m in mixers]
+    per_key = [4.0 * m.num_attention_heads * m.head_dim for m in mixers]
+    keys = [work.rows * k for k in every]
+    if not work.streams:
+        keys[-1] = last[-1]  # nobody reads what the last layer makes of the other rows
+    attention = sum(f * k for f, k in zip(per_key, keys, strict=True))
     head = 2.0 * config.hidden_size * config.vocab_size
-    products = counted - attention - head  # of a row; and the bytes of their weights, two for a multiply-add
-    cached = work.streams * sum(4.0 * m.num_key_value_heads * m.head_dim * k for m, k in zip(mixers, keys, strict=True))
+    row = decode_flops(config, after) - sum(f * k for f, k in zip(per_key, last, strict=True)) - head
+    counted = work.streams * decode_flops(config, after) if work.streams else prefill_flops(config, work.prompt_tokens)
+    products = counted - attention - work.heads * head
+    cached = work.streams * sum(4.0 * m.num_key_value_heads * m.head_dim * k for m, k in zip(mixers, last, strict=True))
     rest = whole - sum(taken.values()) - draw_s
     return [
-        Part("products of the layers, gates", taken["products"], work.rows * products, products),
-        Part("attention, rotary positions", taken["attention"], work.rows * attention, cached),
+        Part("products of the layers, gates", taken["products"], products, row),  # two bytes of a weight for a multiply-add
+        Part("attention, rotary positions", taken["attention"], attention, cached),
         Part("norms", taken["norms"]),
         Part("the head, in bytes", taken["head"], work.heads * head, head / 2, pace=2.0)
         if screened

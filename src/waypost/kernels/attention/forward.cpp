@@ -8,18 +8,33 @@
 namespace waypost {
 namespace {
 
-// One block of keys of the online softmax, in two halves. The first scales the scores (N vectors), hides those of unseen keys and
-// returns the new top; the second turns them into weights, which it adds to `sum` and rounds to the type of the values.
-template <class A> inline A highest(Vec<A> *s, A scale, const Visible<N> &seen, A top) {
-  for (int b = 0; b < N; ++b) s[b] *= scale;
-  seen.hide(s, -std::numeric_limits<A>::infinity());
-  Vec<A> high = s[0] > s[1] ? s[0] : s[1];
-  for (int b = 2; b < N; ++b) high = high > s[b] ? high : s[b];
-  return std::max(top, max_lanes<A>(high));
+// One block of keys of the online softmax for M <= 4 queries, in two halves. The first scales their scores (M, N vectors), hides
+// those of unseen keys and gives the new tops; the second turns them into weights, which it adds to the sums and rounds to the type
+// of the values. `seen(i)` says which keys query i sees.
+template <int M, class A, class F> inline void highest(Vec<A> *s, A scale, F seen, const A *top, A *here) {
+  Vec<A> high[4] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i, s += N) {
+    for (int b = 0; b < N; ++b) s[b] *= scale;
+    seen(i).hide(s, -std::numeric_limits<A>::infinity());
+    high[i] = s[0] > s[1] ? s[0] : s[1];
+    for (int b = 2; b < N; ++b) high[i] = high[i] > s[b] ? high[i] : s[b];
+  }
+  A highest_of[4];
+  fold_four<A>(high, [](Vec<A> x, Vec<A> y) { return x > y ? x : y; }, highest_of);
+  for (int i = 0; i < M; ++i) here[i] = std::max(top[i], highest_of[i]);
 }
-template <class T> inline void weigh(Vec<Wide<T>> *s, Wide<T> top, Wide<T> shrink, Wide<T> &sum, T *weights) {
-  for (int b = 0; b < N; ++b) s[b] = exp_lanes(s[b] - top), store_factors(weights + b * P, s[b]);
-  sum = sum * shrink + sum_lanes<Wide<T>>((s[0] + s[1]) + (s[2] + s[3]));
+template <int M, class T> inline void weigh(Vec<Wide<T>> *s, const Wide<T> *top, const Wide<T> *shrink, Wide<T> *sum, T *weights) {
+  typedef Wide<T> A;
+  Vec<A> total[4] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i, s += N, weights += K) {
+    for (int b = 0; b < N; ++b) s[b] = exp_lanes(s[b] - top[i]), store_factors(weights + b * P, s[b]);
+    total[i] = (s[0] + s[1]) + (s[2] + s[3]);
+  }
+  A totals[4];
+  fold_four<A>(total, [](Vec<A> x, Vec<A> y) { return x + y; }, totals);
+  for (int i = 0; i < M; ++i) sum[i] = sum[i] * shrink[i] + totals[i];
 }
 
 template <class T> inline void fetch(const T *from, long count) {
@@ -45,7 +60,8 @@ template <class T> class Walker {
       for (long i = 0; i < rows * G; ++i) (*before)(i / G, (int)(i % G));
     }
 #pragma omp for schedule(dynamic, 1)
-    for (long w = 0; w < total; ++w) {
+    for (long left = total; left > 0; --left) {  // the last rows of a sequence see most keys: first, so that the threads end together
+      const long w = left - 1;
       const Item &item = items[w / G];
       if (item.end - item.begin == 1 && call.shape.width % P == 0) row(call, {&item, (int)(w % G)}, {});
       else block(call, item, (int)(w % G));
@@ -98,6 +114,12 @@ template <class T> class Walker {
     }
   }
 
+  // Calls f(x, how many from it on), four queries of [from, to) at a time and then one.
+  template <class F> static void by_four(int from, int to, F f) {
+    for (; from + 4 <= to; from += 4) f(from, std::integral_constant<int, 4>());
+    for (; from < to; ++from) f(from, std::integral_constant<int, 1>());
+  }
+
   // A block of rows: the pages are put into units once for all of its queries.
   void block(const Paged<T> &call, const Item &item, int g) {
     const int R = call.shape.share(), D = call.shape.width, padded = call.shape.padded(), window = call.window;
@@ -115,13 +137,15 @@ template <class T> class Walker {
       const int high = window > 0 ? std::min(n, key + K - 1 + window - first) : n;
       if (low >= high) continue;
       all_dots<N, T>((high - low) * R, &at_[low * R], columns_.data(), units, &scores_[(size_t)low * R * N]);
-      for (int x = low * R; x < high * R; ++x)
-        here_[x] = highest(&scores_[(size_t)x * N], call.scale, Visible<N>(first + x / R, key, window), top_[x]);
+      by_four(low * R, high * R, [&](int x, auto count) {
+        const auto seen = [&](int i) { return Visible<N>(first + (x + i) / R, key, window); };
+        highest<count.value>(&scores_[(size_t)x * N], call.scale, seen, &top_[x], &here_[x]);
+      });
       for (int x = low * R; x < high * R; x += P) store(&shrink_[x], exp_lanes(load(&top_[x]) - load(&here_[x])));
-      for (int x = low * R; x < high * R; ++x) {
-        weigh<T>(&scores_[(size_t)x * N], here_[x], shrink_[x], sum_[x], &weights_[(size_t)x * K]);
-        top_[x] = here_[x];
-      }
+      by_four(low * R, high * R, [&](int x, auto count) {
+        weigh<count.value, T>(&scores_[(size_t)x * N], &here_[x], &shrink_[x], &sum_[x], &weights_[(size_t)x * K]);
+      });
+      std::copy(&here_[low * R], &here_[high * R], &top_[low * R]);
       add_all<N, T>(acc_.data(), shrink_.data(), weights_.data(), rows_.data(), padded, low * R, high * R, R, first, key, window);
     }
     store_rows(call, item, g, padded);
@@ -163,12 +187,10 @@ template <class T> class Walker {
         else if (next.item) fetch_keys(call, next, call.first_key(call.position(*next.item)));
       }
       page_dots<M, N, T>(&at_[x], k, D, scores);
-      for (int i = x; i < x + M; ++i) {
-        const A here = highest(scores + (i - x) * N, call.scale, seen, top_[i]);
-        shrink_[i] = exp_one(top_[i] - here);
-        weigh<T>(scores + (i - x) * N, here, shrink_[i], sum_[i], &weights_[(size_t)i * K]);
-        top_[i] = here;
-      }
+      highest<M>(scores, call.scale, [&](int) { return seen; }, &top_[x], &here_[x]);
+      store(&shrink_[x], exp_lanes(load(&top_[x]) - load(&here_[x])));  // of these M; the lanes beyond come later
+      weigh<M, T>(scores, &here_[x], &shrink_[x], &sum_[x], &weights_[(size_t)x * K]);
+      std::copy(&here_[x], &here_[x + M], &top_[x]);
       A *acc = &acc_[(size_t)x * D];
       int d = 0;
       for (; d + 4 * P <= D; d += 4 * P) add_part<M, 4>(acc, x, v, D, d, seen);

@@ -10,6 +10,8 @@
 //   gated = silu(gate) * up                  with the line above, panel by panel, where they are in 16 bits without adapters
 //   part = gated W_down
 //
+// From the attention of the last layer on, only the rows go on whose logits are asked for (asked.h).
+//
 // Behind each product comes what the rows' adapters add to it, where a pass has any. While a product computes, the memory works on
 // what comes after it: the weights with which a thread begins the next, and the pages of the next layer.
 //
@@ -17,6 +19,7 @@
 
 #include <time.h>
 
+#include <memory>
 #include <utility>
 
 #include "../attention/paged.h"
@@ -25,6 +28,7 @@
 #include "../rms_norm/row.h"
 #include "../rope/head.h"
 #include "../swiglu/row.h"
+#include "asked.h"
 
 namespace waypost {
 namespace {
@@ -100,23 +104,29 @@ class Clock {
 };
 
 template <class T> class Pass {
+  struct Placing;
   const Step &step_;
-  T *h_;
-  const long rows_, hidden_;
+  const Ends *ends_;  // null: from hidden states to hidden states
+  const Some<T> all_;
+  const long hidden_;
+  std::unique_ptr<Asked<T>> asked_;  // null: every row goes all the way
   int widest_ = 0;  // head
   T *memory_;
   T *normed_, *qkv_, *q_, *mixed_, *wide_, *gated_, *part_;
   std::vector<std::pair<int, std::vector<Item>>> items_;  // by queries that share a key/value head
 
  public:
-  Pass(const Layer *layers, int count, const Step &step, T *h, long rows, long hidden) : step_(step), h_(h), rows_(rows), hidden_(hidden) {
+  Pass(const Layer *layers, int count, const Step &step, const Ends *ends, T *h, long rows, long hidden)
+      : step_(step), ends_(ends), all_{h, rows, step.which, step.table, step.starts, step.context, step.sequences}, hidden_(hidden) {
+    if (ends && ends->wanted && ends->answers < rows)
+      asked_ = std::make_unique<Asked<T>>(all_, step.table_width, hidden, ends->wanted, ends->answers);
     long heads = 0, qkv = 0, wide = 0;
     for (int i = 0; i < count; ++i) {
       heads = std::max(heads, (long)layers[i].heads * layers[i].width);
       qkv = std::max(qkv, layers[i].qkv.outputs);
       wide = std::max(wide, layers[i].gate_up.outputs), widest_ = std::max(widest_, layers[i].width);
       const int share = layers[i].heads / layers[i].groups;
-      if (!items_of(share)) items_.push_back({share, cut(step.starts, step.sequences, rows_per_item(share))});
+      if (!items_of(share)) items_.push_back({share, cut(all_.starts, all_.sequences, rows_per_item(share))});
     }
     const long widths[] = {hidden, qkv, heads, heads, wide, wide / 2, hidden};
     T **const parts[] = {&normed_, &qkv_, &q_, &mixed_, &wide_, &gated_, &part_};
@@ -130,72 +140,80 @@ template <class T> class Pass {
   Pass(const Pass &) = delete;
 
   // By every thread of a parallel region.
-  void run(const Layer *layers, const int32_t *order, int count, void *const *k_pages, void *const *v_pages, const Ends *ends) {
+  void run(const Layer *layers, const int32_t *order, int count, void *const *k_pages, void *const *v_pages) {
     Clock clock(step_.seconds);
-    const Product *before = nullptr;
-    if (ends) {
+    Some<T> now = all_;
+    if (ends_) {
 #pragma omp for schedule(static)
-      for (long t = 0; t < rows_; ++t)
-        std::memcpy(h_ + t * hidden_, (const T *)ends->embedding + ends->tokens[t] * hidden_, hidden_ * sizeof(T));
+      for (long t = 0; t < now.rows; ++t)
+        std::memcpy(now.h + t * hidden_, (const T *)ends_->embedding + ends_->tokens[t] * hidden_, hidden_ * sizeof(T));
     }
     Placing place{this, nullptr, nullptr, nullptr, std::vector<T>(2 * widest_)};
     const Before before_heads{[](const void *self, long t, int g) { ((Placing *)self)->row(t, g); }, &place};
+    const Product *before = nullptr;
     Upcoming also;
-    const auto attention = [&](int i) {
+    const auto attention = [&](const Some<T> &some, int i) {
       const Layer &layer = layers[i];
-      return Paged<T>{q_, (long)layer.heads * layer.width, (const T *)k_pages[i], (const T *)v_pages[i], step_.table, step_.table_width,
-                      step_.starts, step_.context, step_.sequences, {layer.heads, layer.groups, layer.width}, (Wide<T>)layer.scale,
+      return Paged<T>{q_, (long)layer.heads * layer.width, (const T *)k_pages[i], (const T *)v_pages[i], some.table, step_.table_width,
+                      some.starts, some.context, some.sequences, {layer.heads, layer.groups, layer.width}, (Wide<T>)layer.scale,
                       layer.window, mixed_, nullptr};
     };
     for (int i = 0; i < count; ++i) {
       const int at = order[i];
       const Layer &layer = layers[at];
-      const Paged<T> call = attention(at);
-      const std::vector<Item> &items = *items_of(call.shape.share());
-      add_and_norm(before, (const T *)layer.attention_norm, layer.eps);
+      add_and_norm(now, before, (const T *)layer.attention_norm, layer.eps);
       clock.took(kNorms);
       also.clear();
-      expect(layer.out, rows_, also);
-      multiply(layer.qkv, rows_, normed_, qkv_, also);
+      expect(layer.out, now.rows, also);
+      multiply(layer.qkv, now.rows, normed_, qkv_, also);
       const long D = layer.width;
-      adapt(at, 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
+      adapt(now, at, 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
       clock.took(kProducts);
       place.layer = &layer, place.k_pages = (T *)k_pages[at], place.v_pages = (T *)v_pages[at];
-      share_attention<T>(call, items, &before_heads);
+      if (asked_ && i + 1 == count) {
+        now = leave(place);
+        const Paged<T> call = attention(now, at);
+        if (now.rows) share_attention<T>(call, call.items(), nullptr);
+      } else {
+        const Paged<T> call = attention(now, at);
+        share_attention<T>(call, *items_of(call.shape.share()), &before_heads);
+      }
       clock.took(kAttention);
+      if (!now.rows) return;
       also.clear();
-      expect(layer.gate_up, rows_, also);
-      multiply(layer.out, rows_, mixed_, part_, also);
-      adapt(at, 3, {hidden_}, layer.out, mixed_, part_);
+      expect(layer.gate_up, now.rows, also);
+      multiply(layer.out, now.rows, mixed_, part_, also);
+      adapt(now, at, 3, {hidden_}, layer.out, mixed_, part_);
       clock.took(kProducts);
-      add_and_norm(&layer.out, (const T *)layer.ffn_norm, layer.eps);
+      add_and_norm(now, &layer.out, (const T *)layer.ffn_norm, layer.eps);
       clock.took(kNorms);
       also.clear();
-      expect(layer.down, rows_, also);
+      expect(layer.down, now.rows, also);
       if (i + 1 < count) {
-        const Paged<T> pages = attention(order[i + 1]);
+        const Paged<T> pages = attention(now, order[i + 1]);
         if (pages.single()) add_pages(pages, *items_of(pages.shape.share()), kMostPages, also);
       }
-      multiply_and_gate(at, layer.gate_up, also);
+      multiply_and_gate(now, at, layer.gate_up, also);
       clock.took(kProducts);
       also.clear();
-      if (i + 1 < count) expect(layers[order[i + 1]].qkv, rows_, also);
-      else if (ends && !ends->greedy) expect(ends->head, ends->answers, also);
-      multiply(layer.down, rows_, gated_, part_, also);
-      adapt(at, 6, {hidden_}, layer.down, gated_, part_);
+      if (i + 1 < count) expect(layers[order[i + 1]].qkv, now.rows, also);
+      else if (ends_ && !ends_->greedy) expect(ends_->head, ends_->answers, also);
+      multiply(layer.down, now.rows, gated_, part_, also);
+      adapt(now, at, 6, {hidden_}, layer.down, gated_, part_);
       clock.took(kProducts);
       before = &layer.down;
     }
-    add_and_norm(before, nullptr, 0);
+    add_and_norm(now, before, nullptr, 0);
     clock.took(kNorms);
-    if (!ends) return;
-    T *const normed = (T *)ends->normed;
+    if (!ends_) return;
+    T *const normed = (T *)ends_->normed;
+    const int64_t *const wanted = asked_ ? nullptr : ends_->wanted;
 #pragma omp for schedule(static)
-    for (long i = 0; i < ends->answers; ++i)
-      norm_row(h_ + (ends->wanted ? ends->wanted[i] : i) * hidden_, (const T *)ends->norm, (int)hidden_, ends->eps, normed + i * hidden_);
-    if (ends->greedy) return;
+    for (long i = 0; i < ends_->answers; ++i)
+      norm_row(now.h + (wanted ? wanted[i] : i) * hidden_, (const T *)ends_->norm, (int)hidden_, ends_->eps, normed + i * hidden_);
+    if (ends_->greedy) return;
     also.clear();
-    multiply(ends->head, ends->answers, normed, (T *)ends->logits, also);
+    multiply(ends_->head, ends_->answers, normed, (T *)ends_->logits, also);
     clock.took(kHead);
   }
 
@@ -215,13 +233,13 @@ template <class T> class Pass {
   }
 
   // Both products of the feed-forward's first half, and their gate.
-  void multiply_and_gate(int at, const Product &p, Upcoming &also) {
+  void multiply_and_gate(const Some<T> &some, int at, const Product &p, Upcoming &also) {
     const long width = p.outputs / 2;
-    if (p.bits == 16 && !step_.which && gates_on_the_way(rows_, width))
-      return share_gated(normed_, rows_, p.pairs, (const Pair *)p.panels, width, (const T *)p.bias, gated_, also);
-    multiply(p, rows_, normed_, wide_, also);
-    adapt(at, 4, {width, width}, p, normed_, wide_);
-    gate(p);
+    if (p.bits == 16 && !some.which && gates_on_the_way(some.rows, width))
+      return share_gated(normed_, some.rows, p.pairs, (const Pair *)p.panels, width, (const T *)p.bias, gated_, also);
+    multiply(p, some.rows, normed_, wide_, also);
+    adapt(some, at, 4, {width, width}, p, normed_, wide_);
+    gate(some, p);
   }
 
   // What a product reads first joins what is upcoming.
@@ -229,35 +247,31 @@ template <class T> class Pass {
     if (p.bits == 16) add_first(rows, p.pairs, (const Pair *)p.panels, p.outputs, later);
   }
 
-  // A row with an adapter has its biases as soon as it has a product, for what the adapter adds comes after them.
-  bool adapted(long t) const { return step_.which && step_.which[t] >= 0; }
-
   // What the rows' adapters add to a product, whose outputs are `widths` side by side: projections `site` and after.
-  ALONE void adapt(int layer, int site, std::initializer_list<long> widths, const Product &p, const T *x, T *y) {
-    if (!step_.which) return;
+  ALONE void adapt(const Some<T> &some, int layer, int site, std::initializer_list<long> widths, const Product &p, const T *x, T *y) {
+    if (!some.which) return;
     if (p.bias) {
 #pragma omp for schedule(static)
-      for (long t = 0; t < rows_; ++t)
-        if (adapted(t)) add_row(y + t * p.outputs, (const T *)p.bias, p.outputs, y + t * p.outputs);
+      for (long t = 0; t < some.rows; ++t)
+        if (some.adapted(t)) add_row(y + t * p.outputs, (const T *)p.bias, p.outputs, y + t * p.outputs);
     }
     const long inputs = 2 * p.pairs;
-    ((ShareLowRank<T> *)step_.share_low_rank)(x, inputs, inputs, y, p.outputs, widths.begin(), (int)widths.size(), step_.which, rows_,
+    ((ShareLowRank<T> *)step_.share_low_rank)(x, inputs, inputs, y, p.outputs, widths.begin(), (int)widths.size(), some.which, some.rows,
                                               step_.factors + ((long)layer * kSites + site) * step_.adapters, step_.adapters);
   }
 
   // Takes what `before` gave into the residual stream; null: nothing came before. A null weight leaves out the norm.
-  ALONE void add_and_norm(const Product *before, const T *weight, double eps) {
+  ALONE void add_and_norm(const Some<T> &some, const Product *before, const T *weight, double eps) {
 #pragma omp for schedule(static)
-    for (long t = 0; t < rows_; ++t) {
-      T *h = h_ + t * hidden_, *part = part_ + t * hidden_;
-      if (before && before->bias && !adapted(t)) add_row(part, (const T *)before->bias, hidden_, part);
+    for (long t = 0; t < some.rows; ++t) {
+      T *h = some.h + t * hidden_, *part = part_ + t * hidden_;
+      if (before && before->bias && !some.adapted(t)) add_row(part, (const T *)before->bias, hidden_, part);
       if (before) add_row(h, part, hidden_, h);
       if (weight) norm_row(h, weight, (int)hidden_, eps, normed_ + t * hidden_);
     }
   }
 
-  // Puts what one row has for a key/value head in its place: rotates the queries that share it and the key, writes key and value to
-  // their page. A thread's own.
+  // Puts what one row has for a key/value head in its place. A thread's own.
   struct Placing {
     const Pass *pass;
     const Layer *layer;
@@ -265,10 +279,21 @@ template <class T> class Pass {
     std::vector<T> memory;
 
     ALONE void row(long t, int g) {
-      const int H = layer->heads, G = layer->groups, D = layer->width, R = H / G;
+      queries(t, t, g);
+      key_and_value(t, g);
+    }
+
+    // The queries of row t that share head g, rotated, as those of row `to` of the attention.
+    void queries(long t, long to, int g) {
+      const int H = layer->heads, R = H / layer->groups;
+      for (int j = g * R; j < (g + 1) * R; ++j) rotate(t, j, layer->q_norm, pass->q_ + (to * H + j) * layer->width);
+    }
+
+    // The key, rotated, and the value of row t to their page.
+    void key_and_value(long t, int g) {
+      const int H = layer->heads, G = layer->groups, D = layer->width;
       const Step &step = pass->step_;
       T *turned = memory.data() + D;
-      for (int j = g * R; j < (g + 1) * R; ++j) rotate(t, j, layer->q_norm, pass->q_ + (t * H + j) * D);
       rotate(t, H + g, layer->k_norm, turned);
       write_key(turned, k_pages, step.slots[t], g, G, D);
       write_value(biased(t, H + G + g), v_pages, step.slots[t], g, G, D);
@@ -279,7 +304,7 @@ template <class T> class Pass {
     const T *biased(long t, int j) {
       const int D = layer->width;
       const T *x = pass->qkv_ + (t * (layer->heads + 2 * layer->groups) + j) * D;
-      if (!layer->qkv.bias || pass->adapted(t)) return x;
+      if (!layer->qkv.bias || pass->all_.adapted(t)) return x;
       add_row(x, (const T *)layer->qkv.bias + (long)j * D, D, memory.data());
       return memory.data();
     }
@@ -291,14 +316,28 @@ template <class T> class Pass {
     }
   };
 
-  ALONE void gate(const Product &p) {
+  // Every row's key and value to their page, and from here on the rows that are asked for alone: their queries and what they are.
+  Some<T> leave(Placing &place) const {
+    const Some<T> &some = asked_->some;
+    const int G = place.layer->groups;
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < some.rows * G; ++i) place.queries(ends_->wanted[i / G], i / G, (int)(i % G));
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < some.rows; ++i)
+      std::memcpy(some.h + i * hidden_, all_.h + ends_->wanted[i] * hidden_, hidden_ * sizeof(T));
+#pragma omp for schedule(static)
+    for (long i = 0; i < all_.rows * G; ++i) place.key_and_value(i / G, (int)(i % G));
+    return some;
+  }
+
+  ALONE void gate(const Some<T> &some, const Product &p) {
     constexpr long piece = 512;  // so that the threads share a single row too
     const long width = p.outputs / 2, pieces = (width + piece - 1) / piece;
 #pragma omp for schedule(static)
-    for (long i = 0; i < rows_ * pieces; ++i) {
+    for (long i = 0; i < some.rows * pieces; ++i) {
       const long f = i % pieces * piece, n = std::min(piece, width - f);
       T *g = wide_ + i / pieces * p.outputs + f, *u = g + width;
-      if (p.bias && !adapted(i / pieces)) add_row(g, (const T *)p.bias + f, n, g), add_row(u, (const T *)p.bias + width + f, n, u);
+      if (p.bias && !some.adapted(i / pieces)) add_row(g, (const T *)p.bias + f, n, g), add_row(u, (const T *)p.bias + width + f, n, u);
       gate_row(g, u, (int)n, gated_ + i / pieces * width + f);
     }
   }
@@ -315,9 +354,9 @@ using namespace waypost;
 extern "C" long EXPORT(run_layers)(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
                                    void *const *v_pages, const Step *step, const Ends *ends, Element *h, long rows, long hidden,
                                    int threads) {
-  Pass<Element> pass(layers, layer_count, *step, h, rows, hidden);
+  Pass<Element> pass(layers, layer_count, *step, ends, h, rows, hidden);
 #pragma omp parallel num_threads(threads)
-  pass.run(layers, order, count, k_pages, v_pages, ends);
+  pass.run(layers, order, count, k_pages, v_pages);
   if (!ends || !ends->greedy) return 0;
   Clock clock(step->seconds);
   const long unknown =
