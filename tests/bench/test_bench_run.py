@@ -121,6 +121,11 @@ def test_a_reader_sees_ceiling_versions_and_misses(tmp_path: Path) -> None:
     assert "Measured on" not in table, "nothing is said of a machine that is not known"
     append(tmp_path, replace(RECEIPT, machine={"cpu": "it", "threads": 2, "cores": 4, "torch": "2"}))
     assert "Measured on it, 2 threads of 4 cores, torch 2." in markdown(latest(tmp_path))
+    for name, cpu in (("b.claim", "it"), ("c.claim", "other")):
+        append(tmp_path, replace(RECEIPT, claim=name, machine={"cpu": cpu, "threads": 2, "cores": 4, "torch": "2"}))
+    table = markdown(latest(tmp_path))
+    assert "Measured on it, 2 threads of 4 cores, torch 2, where nothing else is said." in table
+    assert "On other, 2 threads of 4 cores, torch 2: `c.claim`." in table
 
 
 def test_the_ceiling_is_the_best_that_any_row_measured(tmp_path: Path) -> None:

@@ -30,9 +30,34 @@ def test_small_measurements(tmp_path: Path) -> None:
     assert read_bandwidth(1 << 20, repeats=1) > 0
     assert disk_bandwidth(tmp_path, 1 << 20, repeats=1) > 0
     assert list(tmp_path.iterdir()) == []
-    assert cpu_name()
+    assert cpu_name() == cpu_name() != ""
     with pytest.raises(ConfigError, match="give a folder on the disk"):
         disk_bandwidth(tmp_path / "nowhere")
+
+
+TWO_CORES = "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: It: one\nflags\t:\n\nmodel name\t: It 2\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (TWO_CORES, "It: one (family 26, model 2)"),
+        ("processor: 0\nmodel name: It\n", "It"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", "somewhere"),
+        (None, "somewhere"),
+    ],
+)
+def test_two_generations_of_one_name_are_told_apart(text: str | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path) -> str:
+        assert path == Path("/proc/cpuinfo")
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(machine_module.platform, "processor", lambda: "")
+    monkeypatch.setattr(machine_module.platform, "machine", lambda: "somewhere")
+    assert cpu_name() == name
 
 
 def test_the_formulas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

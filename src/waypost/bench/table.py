@@ -182,7 +182,11 @@ def roofline_shares(known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _caption(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    machines = sorted({_machine(receipt["machine"]) for receipt in known.values() if receipt.get("machine")})
+    machines: dict[str, list[str]] = {}
+    for name, receipt in known.items():
+        if receipt.get("machine"):
+            machines.setdefault(_machine(receipt["machine"]), []).append(f"`{name}`")
+    most, *others = sorted(machines, key=lambda each: -len(machines[each])) or [""]
     repeats = min(len(r["ours"]["values"]) for r in known.values() if r.get("over", "rounds") in REPEATED)
     return [
         f"Medians of {repeats} rounds or more, +- half their range over the median. The ratio is the median of the rounds',",
@@ -190,7 +194,8 @@ def _caption(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "within noise. The roofline is the rate that the machine's memory or matrix units would allow (`bench/roofline.py`) at",
         "the best that any row here measured; - where there is none or a row passes it. Again with `waypost bench CLAIM` and",
         "the row's options; CHECKPOINT is a model, ENV the environment of a rival.",
-        *([f"Measured on {'; '.join(machines)}."] if machines else []),
+        *([f"Measured on {most}{', where nothing else is said' * bool(others)}."] if most else []),
+        *(f"On {other}: {', '.join(machines[other])}." for other in others),
     ]
 
 

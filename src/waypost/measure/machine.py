@@ -118,11 +118,12 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def cpu_name() -> str:
-    """The processor as it names itself."""
+    """The processor as it names itself, with family and model where it says them: virtual machines often name no more than the
+    maker, and two generations differ by a factor of two."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        first = ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if {"cpu family", "model"} <= set(facts) else name
