@@ -8,8 +8,9 @@ from serve_cases import KERNELS, model_of
 from torch import Tensor
 
 from waypost.core.batch import Batch
-from waypost.core.errors import CapacityError
+from waypost.core.errors import CapacityError, ShapeError
 from waypost.kernels import memory
+from waypost.kernels.call import page_stride
 from waypost.kernels.ops import PAGE_TOKENS
 from waypost.model.rows import Rows
 from waypost.serve.pages import PagedKv, PagePool, UpcomingPages, pages_for
@@ -100,13 +101,15 @@ def test_pages_for(tokens: int, pages: int) -> None:
 
 
 def test_memory_of_pages_is_fetched_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors, fetched = [torch.arange(40.0).repeat(2, 1).T.contiguous() for _ in range(3)], []
-    before = [t.clone() for t in tensors]
+    storage, fetched = torch.arange(40.0).repeat(2, 1).T.contiguous(), []
+    before = storage.clone()
     real = memory.populate
-    monkeypatch.setattr(memory, "HUGE_PAGE_BYTES", 10 * tensors[0][0].nbytes)
+    monkeypatch.setattr(memory, "CACHE_STRIP_BYTES", 10 * storage[0].nbytes)
+    monkeypatch.setattr(memory, "HUGE_PAGE_BYTES", 4 * storage[0].nbytes)
     monkeypatch.setattr(UpcomingPages, "PAUSE_S", 0.0)
     monkeypatch.setattr(memory, "populate", lambda part: (fetched.append((int(part[0, 0]), int(part[-1, 0]))), real(part)))
-    upcoming = UpcomingPages(tensors)
+    upcoming = UpcomingPages(storage)
+    assert fetched == [(0, 9)], "the first strip, at once"
 
     def reach(page: int) -> list[tuple[int, int]]:
         fetched.clear()
@@ -116,12 +119,12 @@ def test_memory_of_pages_is_fetched_before_they_are_used(monkeypatch: pytest.Mon
         return list(fetched)
 
     assert reach(4) == []
-    assert reach(5) == [(10, 19)] * 3, "half a strip before the end of the first, in every tensor"
+    assert reach(5) == [(10, 13), (14, 17), (18, 19)], "half a strip before the end of the first, a huge page at a time"
     assert reach(9) == reach(14) == []
-    assert reach(27) == [(20, 36)] * 3, "one that jumped: up to a strip beyond it"
-    assert reach(36) == [(37, 39)] * 3
+    assert reach(27)[::4] == [(20, 23), (36, 36)], "one that jumped: up to a strip beyond it"
+    assert reach(36) == [(37, 39)]
     assert reach(39) == [], "the last are there"
-    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert torch.equal(storage, before)
 
 
 def test_populated_memory_is_there_and_unchanged() -> None:
@@ -131,3 +134,12 @@ def test_populated_memory_is_there_and_unchanged() -> None:
     memory.populate(whole[100:-3])
     memory.populate(whole[:0])
     assert torch.equal(whole, want)
+
+
+def test_pages_that_lie_unequally_far_apart_are_refused() -> None:
+    store = PagedKv(tiny_config(), 3, torch.float32)
+    assert page_stride(*store.k_pages, *store.v_pages) == store.page_bytes(tiny_config(), torch.float32) // 4
+    with pytest.raises(ShapeError, match="equally far apart"):
+        page_stride(store.k_pages[0], store.v_pages[0].clone())
+    with pytest.raises(ShapeError, match=r"\(3, 2, 16, 8\) in strides"):
+        page_stride(store.k_pages[0].transpose(2, 3))

@@ -17,8 +17,8 @@ WIDE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float
 _P, _I, _L, _D = c_void_p, c_int, c_long, c_double
 SIGNATURES: dict[str, dict[str, list[Any]]] = {
     "pass": {
-        "attention_forward": [_P, _L, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _I],
-        "write_pages": [_P, _L, _P, _L, _P, _P, _P, _I, _I, _I],
+        "attention_forward": [_P, _L, _P, _P, _L, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _I],
+        "write_pages": [_P, _L, _P, _L, _P, _P, _L, _P, _I, _I, _I],
         "run_layers": [_P, _I, _P, _I, _P, _P, _P, _P, _P, _L, _L, _I],
         "linear": [_P, _L, _L, _P, _L, _P, _I],
         "linear_plain": [_P, _L, _L, _P, _L, _P, _I],
@@ -56,7 +56,7 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "low_rank": [_P, _L, _L, _P, _L, _L, _P, _L, _P, _I],
         "share_low_rank": [_P, _L, _L, _P, _L, _P, _I, _P, _L, _P, _L],
     },
-    "counting": {"count_attention": [_P, _L, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _I]},
+    "counting": {"count_attention": [_P, _L, _P, _L, _P, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _I]},
 }
 """What each of compiling.GROUPS exports: names and argument types."""
 
@@ -92,6 +92,15 @@ def kernels(x: Tensor) -> Kernels:
             f"the compiled CPU kernels take float32, bfloat16 and float64 on the CPU, given {x.dtype} on {x.device}"
         )
     return found
+
+
+def page_stride(*tensors: Tensor) -> int:
+    """Elements from a page to the next of the cache's `tensors` (pages, G, ...), equal for all of them; else a ShapeError."""
+    strides = {x.stride(0) for x in tensors}
+    if len(strides) > 1 or any(not x[:1].is_contiguous() for x in tensors):
+        found = "; ".join(f"{tuple(x.shape)} in strides {x.stride()}" for x in tensors)
+        raise ShapeError(f"pages of keys and values lie equally far apart, and each is contiguous; given are {found}")
+    return strides.pop()
 
 
 def rows_of(x: Tensor) -> Tensor:

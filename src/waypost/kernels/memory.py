@@ -31,6 +31,9 @@ SLAB_BYTES = 1 << 25
 
 ALIGN_BYTES = 64
 
+CACHE_STRIP_BYTES = 8 * HUGE_PAGE_BYTES
+"""Of the cache of keys and values, fetched at a time, before it is used (serve/pages.py)."""
+
 FETCH_BYTES = 8 * HUGE_PAGE_BYTES
 """Fetched ahead at once: the thread then asks for the interpreter's lock a few times, not a few hundred."""
 

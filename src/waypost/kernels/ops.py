@@ -59,6 +59,7 @@ class WritePagesOp(Protocol):
 class PagedAttentionOp(Protocol):
     """Causal attention of q (T, H, D) over cached keys and values; row i of sequence s attends to keys 0 .. context[s] + i.
 
+    Pages may lie apart, as those of a cache that has all layers of a page together; each is contiguous.
     table (S, max_pages) int32 names the pages of each sequence in absolute order; the keys of the rows themselves are
     already stored. `window` keeps only the last `window` keys of each row, itself included. Not differentiable.
     The bits of a row depend on its own q and keys alone, never on how the rows were cut into calls.

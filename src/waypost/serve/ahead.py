@@ -65,8 +65,8 @@ def _prepare(path: Path) -> None:
 
 
 def packed_bytes(folder: Path) -> int:
-    """About what serving packs of the weights in `folder`, and the huge pages on which each layer's cache begins; nothing where
-    the weights are not in bfloat16 (or in few bits, which are computed in it). CheckpointError where there are none.
+    """About what serving packs of the weights in `folder`, and the first strip of the cache; nothing where the weights are not
+    in bfloat16 (or in few bits, which are computed in it). CheckpointError where there are none.
 
     Counts the files that are read and no other: a folder may hold the same weights twice, as `consolidated.safetensors` too.
     """
@@ -74,8 +74,7 @@ def packed_bytes(folder: Path) -> int:
     from waypost.keep.places import plain_files
 
     config = parse_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
-    layers = config.get("num_hidden_layers")
-    if "bfloat16" not in (config.get("dtype"), config.get("torch_dtype")) or not isinstance(layers, int):
+    if "bfloat16" not in (config.get("dtype"), config.get("torch_dtype")):
         return 0
     weights = sum((folder / file).stat().st_size for file in plain_files(folder))
-    return weights + 2 * layers * memory.HUGE_PAGE_BYTES
+    return weights + memory.CACHE_STRIP_BYTES

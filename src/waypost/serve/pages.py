@@ -118,15 +118,24 @@ class PagePool:
 
 
 class PagedKv:
-    """One pair of tensors a layer, k (pages, G, D, P) and v (pages, G, P, D), allocated once and never cleared."""
+    """One pair of tensors a layer, k (pages, G, D, P) and v (pages, G, P, D), allocated once and never cleared.
+
+    A page has the keys and values of all layers side by side, so that few tokens take little memory: the system gives it in
+    pieces of 2 MB, of which 60 tensors would each need one for a first token.
+    """
 
     def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype, counting: bool = False) -> None:
         shapes = [(layer.mixer.num_key_value_heads, layer.mixer.head_dim) for layer in config.layers]
-        self.k_pages = [memory.empty((num_pages, groups, width, P), dtype) for groups, width in shapes]
-        self.v_pages = [memory.empty((num_pages, groups, P, width), dtype) for groups, width in shapes]
-        for pages in (*self.k_pages, *self.v_pages):  # now, so that the first request does not wait for the system's pages
-            pages[:1] = 0
-        self._upcoming = UpcomingPages([*self.k_pages, *self.v_pages])
+        sizes = [groups * width * P for groups, width in shapes for _ in "kv"]
+        self._storage = memory.empty((num_pages, sum(sizes)), dtype)
+        halves = self._storage.split(sizes, dim=1)
+        self.k_pages = [
+            half.unflatten(1, (groups, width, P)) for half, (groups, width) in zip(halves[::2], shapes, strict=True)
+        ]
+        self.v_pages = [
+            half.unflatten(1, (groups, P, width)) for half, (groups, width) in zip(halves[1::2], shapes, strict=True)
+        ]
+        self._upcoming = UpcomingPages(self._storage)
         self.sums = [torch.zeros(num_pages, groups, P) for groups, _ in shapes] if counting else None
         """Where a KV policy asks for it: of each key, the attention that it has received so far; a layer each, float32."""
 
@@ -159,30 +168,30 @@ class PagedKv:
 
     def copy(self, source: int, target: int) -> None:
         """Copies page `source` to page `target` in every layer."""
-        for pages in (*self.k_pages, *self.v_pages, *(self.sums or ())):
+        for pages in (self._storage, *(self.sums or ())):
             pages[target].copy_(pages[source])
 
 
 class UpcomingPages:
-    """Fetches the memory of cached pages shortly before they are used, on a thread beside.
-
-    The system gives a huge page in up to 5 ms, and the next one is due in every tensor at the same page: the step that came
-    to it would wait for all of them, a third of a second for 60 tensors.
-    """
+    """Fetches the memory of cached pages shortly before they are used, on a thread beside: the system gives a huge page in up
+    to 5 ms, and a step that came to it would wait. Those of the first strip are there from the beginning."""
 
     PAUSE_S = 2e-3
-    """After each tensor, so that a step finds the cores free in between."""
+    """After each huge page, so that a step finds the cores free in between."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:  # (pages, ...) each
-        self._tensors = tensors
-        self._strip = max(1, min(memory.HUGE_PAGE_BYTES // max(1, t[:1].nbytes) for t in tensors))
+    def __init__(self, storage: Tensor) -> None:  # (pages, ...)
+        self._storage = storage
+        page_bytes = max(1, storage[:1].nbytes)
+        self._strip = max(1, memory.CACHE_STRIP_BYTES // page_bytes)
+        self._piece = max(1, memory.HUGE_PAGE_BYTES // page_bytes)
         self._ready = self._strip
         """Pages below this are there, or on their way."""
         self._thread: threading.Thread | None = None
+        memory.populate(storage[: self._strip])
 
     def reach(self, page: int) -> None:
         """Says that `page` is the highest in use: once it is half a strip from the end of what is there, more is fetched."""
-        if page < self._ready - self._strip // 2 or self._ready >= len(self._tensors[0]):
+        if page < self._ready - self._strip // 2 or self._ready >= len(self._storage):
             return
         if self._thread is None or not self._thread.is_alive():
             begin, self._ready = self._ready, max(self._ready, page) + self._strip
@@ -190,8 +199,8 @@ class UpcomingPages:
             self._thread.start()
 
     def _fetch(self, begin: int, end: int) -> None:
-        for tensor in self._tensors:
-            memory.populate(tensor[begin:end])
+        for piece in self._storage[begin:end].split(self._piece):
+            memory.populate(piece)
             time.sleep(self.PAUSE_S)
 
 

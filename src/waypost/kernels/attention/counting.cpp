@@ -13,6 +13,7 @@ template <class T> struct Counting {
   const T *q;
   long q_stride;
   const T *k_pages;
+  long page_stride;
   const A *lse;  // (T, H)
   const int32_t *table;
   int table_width;
@@ -27,9 +28,9 @@ template <class T> struct Counting {
     const int D = shape.width, R = shape.share(), units = (D + kUnit<T> - 1) / kUnit<T>, key = number * P;
     const int rows = starts[s + 1] - starts[s], first = std::max(0, key - context[s]);
     const int last = window > 0 ? std::min(rows, key + P - 1 + window - context[s]) : rows;
-    const long where = (long)table[(long)s * table_width + number] * shape.groups + g;
+    const long page = table[(long)s * table_width + number], where = page * shape.groups + g;  // among the sums
     columns.resize((size_t)units * P);
-    zip_rows(k_pages + where * D * P, P, D, P, P, columns.data());
+    zip_rows(k_pages + page * page_stride + (long)g * D * P, P, D, P, P, columns.data());
     A total[P];
     for (int j = 0; j < P; ++j) total[j] = key + j < context[s] ? sums[where * P + j] : A(0);
     Vec<A> sum = load(total);
@@ -76,10 +77,10 @@ template <class T> void count(const Counting<T> &call, int sequences, int thread
 
 using namespace waypost;
 
-extern "C" void EXPORT(count_attention)(const Element *q, long q_stride, const Element *k_pages, const Wide<Element> *lse,
-                                        const int32_t *table, int table_width, const int32_t *starts, const int32_t *context,
+extern "C" void EXPORT(count_attention)(const Element *q, long q_stride, const Element *k_pages, long page_stride,
+                                        const Wide<Element> *lse, const int32_t *table, int table_width, const int32_t *starts, const int32_t *context,
                                         int sequences, int heads, int groups, int width, double scale, int window, Wide<Element> *sums,
                                         int threads) {
-  count<Element>({q, q_stride, k_pages, lse, table, table_width, starts, context, {heads, groups, width}, (Wide<Element>)scale, window,
+  count<Element>({q, q_stride, k_pages, page_stride, lse, table, table_width, starts, context, {heads, groups, width}, (Wide<Element>)scale, window,
                   sums}, sequences, threads);
 }

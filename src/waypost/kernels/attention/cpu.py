@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from waypost.kernels.call import WIDE, kernels, rows_of
+from waypost.kernels.call import WIDE, kernels, page_stride, rows_of
 from waypost.kernels.ops import PAGE_TOKENS as P
 
 
@@ -16,7 +16,7 @@ def write_pages(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: T
     rows, groups, width = k.shape
     kernels(k).write_pages(
         k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_pages.data_ptr(), v_pages.data_ptr(),
-        slots.data_ptr(), rows, groups, width,
+        page_stride(k_pages, v_pages), slots.data_ptr(), rows, groups, width,
     )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def counting_attention(
     lse = torch.empty(q.shape[:2], dtype=WIDE[q.dtype])
     out = _forward(q, k_pages, v_pages, table, starts, context, scale, window, lse)
     kernels(q).count_attention(
-        q.data_ptr(), q.stride(0), k_pages.data_ptr(), lse.data_ptr(), table.data_ptr(), table.shape[1],
+        q.data_ptr(), q.stride(0), k_pages.data_ptr(), page_stride(k_pages), lse.data_ptr(), table.data_ptr(), table.shape[1],
         starts.data_ptr(), context.data_ptr(), context.shape[0], heads, k_pages.shape[1], width, scale, window or 0,
         sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -61,9 +61,9 @@ def _forward(
     heads, width = q.shape[1:]
     out = torch.empty(q.shape, dtype=q.dtype)
     kernels(q).attention_forward(
-        q.data_ptr(), q.stride(0), k_pages.data_ptr(), v_pages.data_ptr(), table.data_ptr(), table.shape[1],
-        starts.data_ptr(), context.data_ptr(), context.shape[0], heads, k_pages.shape[1], width, scale, window or 0,
-        out.data_ptr(), None if lse is None else lse.data_ptr(), torch.get_num_threads(),
+        q.data_ptr(), q.stride(0), k_pages.data_ptr(), v_pages.data_ptr(), page_stride(k_pages, v_pages), table.data_ptr(),
+        table.shape[1], starts.data_ptr(), context.data_ptr(), context.shape[0], heads, k_pages.shape[1], width, scale,
+        window or 0, out.data_ptr(), None if lse is None else lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -129,7 +129,7 @@ template <class T> class Walker {
     load_queries(call, item, g, padded);
     for (int key = call.first_key(first); key < first + n; key += K) {
       for (int b = 0; b < N && key + b * P < first + n; ++b) {
-        const long at = call.page(item, key + b * P, g) * D * P;
+        const long at = call.page(item, key + b * P, g);
         zip_rows(call.k_pages + at, P, D, P, P, &columns_[b * units * P]);
         zip_rows(call.v_pages + at, D, P, D, padded, &rows_[(size_t)b * P / kUnit<T> * padded]);
       }
@@ -154,7 +154,7 @@ template <class T> class Walker {
   // A block of keys from `key` on.
   void fetch_keys(const Paged<T> &call, Head head, int key) {
     const int D = call.shape.width, position = call.position(*head.item);
-    for (int b = 0; b < N && key + b * P <= position; ++b) fetch(call.k_pages + call.page(*head.item, key + b * P, head.g) * D * P, D * P);
+    for (int b = 0; b < N && key + b * P <= position; ++b) fetch(call.k_pages + call.page(*head.item, key + b * P, head.g), D * P);
   }
 
   // One row: up to four of its queries at a time over the pages as they lie. `next`: what this thread does after it, if it knows.
@@ -177,7 +177,7 @@ template <class T> class Walker {
     for (int key = call.first_key(position); key <= position; key += K) {
       const T *k[N], *v[N];
       for (int b = 0; b < N; ++b) {  // past the last key: any page, none of whose lanes is seen
-        const long at = call.page(item, std::min(key + b * P, position), g) * D * P;
+        const long at = call.page(item, std::min(key + b * P, position), g);
         k[b] = call.k_pages + at, v[b] = call.v_pages + at;
       }
       const Visible<N> seen(position, key, call.window);
@@ -228,19 +228,20 @@ using namespace waypost;
 
 extern "C" {
 
-void EXPORT(attention_forward)(const Element *q, long q_stride, const Element *k_pages, const Element *v_pages, const int32_t *table,
-                               int table_width, const int32_t *starts, const int32_t *context, int sequences, int heads, int groups,
-                               int width, double scale, int window, Element *out, Wide<Element> *lse, int threads) {
-  forward<Element>({q, q_stride, k_pages, v_pages, table, table_width, starts, context, sequences, {heads, groups, width},
+void EXPORT(attention_forward)(const Element *q, long q_stride, const Element *k_pages, const Element *v_pages, long page_stride,
+                               const int32_t *table, int table_width, const int32_t *starts, const int32_t *context, int sequences,
+                               int heads, int groups, int width, double scale, int window, Element *out, Wide<Element> *lse,
+                               int threads) {
+  forward<Element>({q, q_stride, k_pages, v_pages, page_stride, table, table_width, starts, context, sequences, {heads, groups, width},
                     (Wide<Element>)scale, window, out, lse}, threads);
 }
 
 void EXPORT(write_pages)(const Element *k, long k_stride, const Element *v, long v_stride, Element *k_pages, Element *v_pages,
-                         const int64_t *slots, int rows, int groups, int width) {
+                         long page_stride, const int64_t *slots, int rows, int groups, int width) {
   for (int t = 0; t < rows; ++t)
     for (int g = 0; g < groups; ++g) {
-      write_key(k + t * k_stride + (long)g * width, k_pages, slots[t], g, groups, width);
-      write_value(v + t * v_stride + (long)g * width, v_pages, slots[t], g, groups, width);
+      write_key(k + t * k_stride + (long)g * width, k_pages, page_stride, slots[t], g, width);
+      write_value(v + t * v_stride + (long)g * width, v_pages, page_stride, slots[t], g, width);
     }
 }
 }

@@ -35,11 +35,12 @@ inline std::vector<Item> cut(const int32_t *starts, int sequences, int rows_per_
 }
 inline int rows_per_item(int share) { return share >= 16 ? 4 : 60 / share / 4 * 4; }
 
-// One call: q (T, H, D) with a row stride, out (T, H, D), lse (T, H) or null.
+// One call: q (T, H, D) with a row stride, pages that begin `page_stride` elements after each other, out (T, H, D), lse (T, H) or null.
 template <class T> struct Paged {
   const T *q;
   long q_stride;
   const T *k_pages, *v_pages;
+  long page_stride;
   const int32_t *table;
   int table_width;
   const int32_t *starts, *context;
@@ -54,18 +55,19 @@ template <class T> struct Paged {
   std::vector<Item> items() const { return cut(starts, sequences, rows_per_item(shape.share())); }
   int position(const Item &item) const { return context[item.sequence] + item.begin - starts[item.sequence]; }
   int first_key(int position) const { return window > 0 ? std::max(0, position - window + 1) / K * K : 0; }
+  // Where the page of `key` has what belongs to head g: of both, elements from the beginning.
   long page(const Item &item, int key, int g) const {
-    return (long)table[(long)item.sequence * table_width + key / P] * shape.groups + g;
+    return table[(long)item.sequence * table_width + key / P] * page_stride + (long)g * shape.width * P;
   }
 };
 
-// Stores one head's key, or value, of a row at (page, lane) = (slot / 16, slot % 16).
-template <class T> inline void write_key(const T *k, T *k_pages, long slot, int g, int groups, int width) {
-  T *page = k_pages + (slot / P * groups + g) * width * P + slot % P;
+// Stores head g's key, or value, of a row at (page, lane) = (slot / 16, slot % 16).
+template <class T> inline void write_key(const T *k, T *k_pages, long page_stride, long slot, int g, int width) {
+  T *page = k_pages + slot / P * page_stride + (long)g * width * P + slot % P;
   for (int d = 0; d < width; ++d) page[d * P] = k[d];
 }
-template <class T> inline void write_value(const T *v, T *v_pages, long slot, int g, int groups, int width) {
-  std::memcpy(v_pages + ((slot / P * groups + g) * P + slot % P) * width, v, width * sizeof(T));
+template <class T> inline void write_value(const T *v, T *v_pages, long page_stride, long slot, int g, int width) {
+  std::memcpy(v_pages + slot / P * page_stride + ((long)g * P + slot % P) * width, v, width * sizeof(T));
 }
 
 // What must be done for a row and a key/value head before anything attends there: its queries, and its key and value in their page.
@@ -100,7 +102,7 @@ template <class T> inline void add_pages(const Paged<T> &call, const std::vector
   own_heads(call, items, [&](const Item &item, int g) {
     const int position = call.position(item);
     for (int key = call.first_key(position); key <= position && most > 0; key += P, most -= 2 * size * (long)sizeof(T)) {
-      const long page = call.page(item, key, g) * size;
+      const long page = call.page(item, key, g);
       later.add(call.k_pages + page, size * sizeof(T)), later.add(call.v_pages + page, size * sizeof(T));
     }
   });

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from waypost.kernels.attention import naive
 from waypost.kernels.attention.cpu import key_starts, page_plan
+from waypost.kernels.call import page_stride
 from waypost.kernels.ops import PAGE_TOKENS
 from waypost.kernels.specified import with_gradient_of
 
@@ -30,7 +31,7 @@ QUERIES = 16
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, k_pages, v_pages, table, items, starts, context, out, q_stride, table_width, groups, scale, window,
+    q, k_pages, v_pages, table, items, starts, context, out, q_stride, page_stride, table_width, groups, scale, window,
     D: tl.constexpr, PADDED: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
     FACTOR: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +52,7 @@ def _attend(  # type: ignore[no-untyped-def]
         key = start + tl.arange(0, BLOCK)
         held = key <= last
         page = tl.load(table + sequence.to(tl.int64) * table_width + key // P, mask=held, other=0).to(tl.int64)
-        at, lane = (page * groups + g) * D * P, key % P
+        at, lane = page * page_stride + g * D * P, key % P
         columns = tl.load(
             k_pages + at[None, :] + d[:, None] * P + lane[None, :], mask=(d < D)[:, None] & held[None, :], other=0.0
         )
@@ -91,9 +92,10 @@ def paged_attention(
     items = torch.tensor(cut, dtype=torch.int32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _attend[(len(cut), groups)](
-        q, k_pages, v_pages, table, items, starts, context, out, q.stride(0), table.shape[1], groups, scale,
-        window if window is not None else 2**30, D=width, PADDED=max(16, triton.next_power_of_2(width)), R=share, TILE=tile,
-        BLOCK=BLOCK, P=PAGE_TOKENS, FACTOR=tl.float32 if _interpreted(q) else getattr(tl, str(q.dtype).removeprefix("torch.")),
+        q, k_pages, v_pages, table, items, starts, context, out, q.stride(0), page_stride(k_pages, v_pages), table.shape[1],
+        groups, scale, window if window is not None else 2**30, D=width, PADDED=max(16, triton.next_power_of_2(width)), R=share,
+        TILE=tile, BLOCK=BLOCK, P=PAGE_TOKENS,
+        FACTOR=tl.float32 if _interpreted(q) else getattr(tl, str(q.dtype).removeprefix("torch.")),
     )  # fmt: skip
     return out
 

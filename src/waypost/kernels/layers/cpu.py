@@ -77,8 +77,8 @@ def _step(
     adapters: LayerAdapters | None, h: Tensor,
 ) -> StepRow:  # fmt: skip
     step = StepRow(
-        *(x.data_ptr() for x in (pages.table, starts, context, pages.slots, cos, sin)), pages.table.shape[1], len(starts) - 1,
-        pointer(table.seconds), pointer(which),
+        *(x.data_ptr() for x in (pages.table, starts, context, pages.slots, cos, sin)), table.places(pages)[2],
+        pages.table.shape[1], len(starts) - 1, pointer(table.seconds), pointer(which),
     )  # fmt: skip
     if adapters is not None:
         step.factors, step.adapters = addressof(adapters.rows), adapters.count
@@ -89,7 +89,7 @@ def _step(
 def _run(table: LayerTable, order: Array[c_int32], ends: EndsRow | None, h: Tensor, pages: Pages, step: StepRow) -> int:
     """-> of how many rows the largest logit was asked for and is not known."""
     unknown: int = kernels(h).run_layers(
-        table.rows, len(table.weights), order, len(order), *table.places(pages), byref(step),
+        table.rows, len(table.weights), order, len(order), *table.places(pages)[:2], byref(step),
         None if ends is None else byref(ends), h.data_ptr(), *h.shape, torch.get_num_threads(),
     )  # fmt: skip
     return unknown

@@ -51,6 +51,7 @@ struct Step {
   const int32_t *starts, *context;
   const int64_t *slots;
   const float *cosine, *sine;
+  long page_stride;  // elements from a page to the next, of keys and of values, in every layer
   int table_width, sequences;
   double *seconds;  // by kind of work, each pass adds what it took; null: nobody asks
   const int32_t *which;  // (rows,): the adapter of each row, -1 none; null: no row has any
@@ -154,7 +155,7 @@ template <class T> class Pass {
     Upcoming also;
     const auto attention = [&](const Some<T> &some, int i) {
       const Layer &layer = layers[i];
-      return Paged<T>{q_, (long)layer.heads * layer.width, (const T *)k_pages[i], (const T *)v_pages[i], some.table, step_.table_width,
+      return Paged<T>{q_, (long)layer.heads * layer.width, (const T *)k_pages[i], (const T *)v_pages[i], step_.page_stride, some.table, step_.table_width,
                       some.starts, some.context, some.sequences, {layer.heads, layer.groups, layer.width}, (Wide<T>)layer.scale,
                       layer.window, mixed_, nullptr};
     };
@@ -291,12 +292,12 @@ template <class T> class Pass {
 
     // The key, rotated, and the value of row t to their page.
     void key_and_value(long t, int g) {
-      const int H = layer->heads, G = layer->groups, D = layer->width;
+      const int H = layer->heads, D = layer->width;
       const Step &step = pass->step_;
       T *turned = memory.data() + D;
       rotate(t, H + g, layer->k_norm, turned);
-      write_key(turned, k_pages, step.slots[t], g, G, D);
-      write_value(biased(t, H + G + g), v_pages, step.slots[t], g, G, D);
+      write_key(turned, k_pages, step.page_stride, step.slots[t], g, D);
+      write_value(biased(t, H + layer->groups + g), v_pages, step.page_stride, step.slots[t], g, D);
     }
 
    private:

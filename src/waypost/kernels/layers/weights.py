@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from waypost.kernels.call import kernels
+from waypost.kernels.call import kernels, page_stride
 from waypost.kernels.greedy.cpu import Screen
 from waypost.kernels.linear.cpu import Packed
 from waypost.kernels.linear.quantized import QuantizedPanels
@@ -111,6 +111,7 @@ class StepRow(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("table", "starts", "context", "slots", "cosine", "sine")),
+        ("page_stride", c_long),
         *((name, c_int) for name in ("table_width", "sequences")),
         *((name, c_void_p) for name in ("seconds", "which", "factors")),
         ("adapters", c_long),
@@ -128,14 +129,15 @@ class LayerTable:
         self.rows = (_Layer * len(self.weights))(*map(_layer, self.weights))
         self.every = (c_int32 * len(self.weights))(*range(len(self.weights)))
         """All of them, in their order."""
-        self._places: tuple[Sequence[Tensor], Sequence[Tensor], Any, Any] | None = None
+        self._places: tuple[Sequence[Tensor], Sequence[Tensor], Any, Any, int] | None = None
 
-    def places(self, pages: Pages) -> tuple[Any, Any]:
-        """Where the keys and the values of each layer lie. A cache keeps its tensors, so they are looked up once."""
+    def places(self, pages: Pages) -> tuple[Any, Any, int]:
+        """Where the keys and the values of each layer lie, and how many elements from a page to the next. A cache keeps its
+        tensors, so they are looked up once."""
         known = self._places
         if known is None or known[0] is not pages.k_pages or known[1] is not pages.v_pages:
             k, v = ((c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)) for tensors in (pages.k_pages, pages.v_pages))
-            self._places = known = pages.k_pages, pages.v_pages, k, v
+            self._places = known = pages.k_pages, pages.v_pages, k, v, page_stride(*pages.k_pages, *pages.v_pages)
         return known[2:]
 
 
