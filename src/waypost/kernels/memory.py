@@ -18,6 +18,7 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,12 +58,39 @@ class _Block:
         self.end = self.at + num_bytes
         self.fetched = self.at
 
-    def take(self, num_bytes: int) -> Tensor:
-        """The next `num_bytes`, as uint8; they must be there."""
+    def take(self, num_bytes: int) -> Claim:
+        """The next `num_bytes`; they must be there."""
+        begin, self.at = self.at, self.at + num_bytes
+        return Claim(self, begin, num_bytes)
+
+    def discard(self, begin: int, end: int) -> None:
+        """Gives the system's pages between them back, those that lie there whole; the memory is zero afterwards."""
+        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED") and begin < end:
+            self.buffer.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A part of a block that belongs to somebody, who need not have PyTorch yet."""
+
+    _block: _Block
+    _begin: int
+    num_bytes: int
+
+    @property
+    def address(self) -> int:
+        return self._block.address + self._begin
+
+    def tensor(self) -> Tensor:
+        """(num_bytes,) uint8."""
         import torch
 
-        begin, self.at = self.at, self.at + num_bytes
-        return torch.frombuffer(self.buffer, dtype=torch.uint8, count=num_bytes, offset=begin)
+        return torch.frombuffer(self._block.buffer, dtype=torch.uint8, count=self.num_bytes, offset=self._begin)
+
+    def give_back(self) -> None:
+        """Says that nobody needs it."""
+        self._block.discard(self._begin, self._begin + self.num_bytes)
 
 
 _lock = threading.Lock()
@@ -81,7 +109,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             if rounded <= SLAB_BYTES // 2:
                 _slab = block
         own = block.take(rounded)
-    return own[:num_bytes].view(dtype).view(*shape)
+    return own.tensor()[:num_bytes].view(dtype).view(*shape)
+
+
+def claim(num_bytes: int) -> Claim | None:
+    """The next `num_bytes` of what was reserved; None where nothing was, or not so much is left."""
+    rounded = -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES
+    with _lock:
+        return None if _slab is None or rounded > _slab.end - _slab.at else _slab.take(rounded)
 
 
 def reserve(num_bytes: int) -> threading.Thread:
@@ -132,6 +167,5 @@ def settle() -> None:
     global _slab
     with _lock:
         block, _slab = _slab, None
-        if block is not None and hasattr(mmap, "MADV_DONTNEED"):
-            begin = -(-block.at // mmap.PAGESIZE) * mmap.PAGESIZE
-            block.buffer.madvise(mmap.MADV_DONTNEED, begin, len(block.buffer) - begin)
+        if block is not None:
+            block.discard(block.at, len(block.buffer))

@@ -147,7 +147,8 @@ def prepare_for_serving(model: Decoder) -> Decoder:
     for _, module in _plain_linears(model):
         if not isinstance(module, Int8Linear):
             packed.hold(module.weight)
-    packed.hold(model.output_weight)
+    if model.lm_head is None:
+        packed.hold(model.output_weight)
     return attach(model)
 
 

@@ -1,0 +1,130 @@
+"""Weights packed by their addresses before PyTorch is imported, for the import takes a second or two and leaves a core idle.
+
+    begin(thread, products)      # returns at once; `thread` packs them one after another
+    panels = take(weights)       # in linear.cpu.pack: the panels, if these very weights were begun; None: pack them now
+    settle()                     # what nobody took is given back, and what was reserved and is left
+
+Only a head start: what cannot be begun, or was not by the time it is asked for, is packed as it always was. Of this file,
+`take` alone needs PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from ctypes import Structure, c_long, c_void_p
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from waypost.kernels import build, memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PANEL = 48
+"""Outputs that lie together in the packed layout."""
+
+BATCH = 16
+"""Products that are packed in one call: between two calls the thread waits for the interpreter, which is importing."""
+
+
+@dataclass(frozen=True)
+class Lying:
+    """A weight (outputs, inputs) in bfloat16 as it lies in memory, row after row."""
+
+    address: int
+    outputs: int
+    inputs: int
+
+
+Product = tuple[Lying, ...]
+"""Weights of one input, one below the other."""
+
+
+class _Job(Structure):
+    """Job of linear.cpp: a weight, and where its panels go."""
+
+    _fields_ = [("weight", c_void_p), ("outputs", c_long), ("pairs", c_long), ("panels", c_void_p)]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    claim: memory.Claim
+    batch: Future[None]
+
+
+_begun: dict[Product, _Begun] = {}
+
+
+def shape(product: Sequence[tuple[int, int]]) -> tuple[int, int, int, int]:
+    """(panels, pairs, PANEL, 2): that of the panels of weights (outputs, inputs)."""
+    return sum(-(-outputs // PANEL) for outputs, _ in product), -(-product[0][1] // 2), PANEL, 2
+
+
+def fits(product: Sequence[tuple[int, int]]) -> bool:
+    """Whether weights (outputs, inputs) are packed as they lie: a panel would hold the end of one and the beginning of the
+    next, or a pair of inputs more than there is."""
+    return all(inputs % 2 == 0 for _, inputs in product) and all(outputs % PANEL == 0 for outputs, _ in product[:-1])
+
+
+def begin(thread: Executor, products: Sequence[Product], keep: object) -> None:
+    """Packs `products` on `thread`, where kernels are there already, into memory that was reserved; `keep` is what their
+    addresses belong to."""
+    if not build.built("pass", "bf16"):
+        return
+    fitting = [product for product in products if fits([(w.outputs, w.inputs) for w in product])]
+    for first in range(0, len(fitting), BATCH):
+        claims = {product: memory.claim(_bytes(product)) for product in fitting[first : first + BATCH]}
+        have = {product: claim for product, claim in claims.items() if claim is not None}
+        jobs = [job for product, claim in have.items() for job in _jobs(product, claim.address)]
+        batch = thread.submit(_pack, jobs, keep)
+        _begun.update({product: _Begun(claim, batch) for product, claim in have.items()})
+
+
+def take(weights: Sequence[Tensor]) -> Tensor | None:
+    """The panels of `weights` (N_i, K), contiguous and in bfloat16, if they were begun ahead; then they are the caller's."""
+    begun = _begun.pop(tuple(Lying(w.data_ptr(), *w.shape) for w in weights), None) if _begun else None
+    if begun is None:
+        return None
+    if not _done(begun.batch):
+        begun.claim.give_back()
+        return None
+    import torch
+
+    return begun.claim.tensor().view(torch.bfloat16).view(shape([(len(w), w.shape[1]) for w in weights]))
+
+
+def settle() -> None:
+    """Gives back what was begun and not taken, and what was reserved for more."""
+    while _begun:
+        _, begun = _begun.popitem()
+        _done(begun.batch)
+        begun.claim.give_back()
+    memory.settle()
+
+
+def _done(batch: Future[None]) -> bool:
+    """Whether a batch was packed: one that nobody has begun never will be, one that is under way is waited for."""
+    if batch.cancel():
+        return False
+    return batch.exception() is None
+
+
+def _bytes(product: Product) -> int:
+    panels, pairs, *_ = shape([(w.outputs, w.inputs) for w in product])
+    return panels * pairs * PANEL * 4
+
+
+def _jobs(product: Product, address: int) -> list[_Job]:
+    jobs = []
+    for weight in product:
+        jobs.append(_Job(weight.address, weight.outputs, weight.inputs // 2, address))
+        address += _bytes((weight,))
+    return jobs
+
+
+def _pack(jobs: Sequence[_Job], keep: object) -> None:
+    function = build.library("pass", "bf16").waypost_pack_each_bf16
+    function.argtypes, function.restype = [c_void_p, c_long], None
+    function((_Job * len(jobs))(*jobs), len(jobs))
+    del keep

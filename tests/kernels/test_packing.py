@@ -1,0 +1,140 @@
+"""Weights packed ahead of PyTorch: the panels of any other packing, and nothing left where nobody takes them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from waypost.kernels import build, memory
+from waypost.kernels.linear import packing
+from waypost.kernels.linear.cpu import pack
+from waypost.kernels.linear.packing import PANEL, Lying
+
+pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler here and no library from a wheel; naive is used")
+
+PRODUCTS = [[(96, 64), (48, 64), (50, 64)], [(7, 34)], [(48, 2)], [(200, 66), (48, 66)]]
+FITTING = [0, 1, 2]
+"""Of PRODUCTS. Of the last, a panel would hold the end of one weight and the beginning of the next."""
+
+
+@pytest.fixture
+def room() -> Iterator[None]:
+    pack(torch.zeros(48, 2, dtype=torch.bfloat16))  # the kernels are there
+    memory.reserve(1 << 21).join(60)
+    yield
+    packing.settle()
+
+
+def weights(product: list[tuple[int, int]], seed: int = 0) -> list[Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=source).bfloat16() for shape in product]
+
+
+def lying(product: list[Tensor]) -> packing.Product:
+    return tuple(Lying(w.data_ptr(), *w.shape) for w in product)
+
+
+class Never(Executor):
+    """A thread that is too late."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:  # type: ignore[override]
+        return Future()
+
+
+def test_panels_are_those_of_weights_packed_later(room: None) -> None:
+    products = [weights(product, seed) for seed, product in enumerate(PRODUCTS)]
+    with ThreadPoolExecutor(1) as thread:
+        packing.begin(thread, [lying(product) for product in products], products)
+    assert len(packing._begun) == len(FITTING)
+    for number, product in enumerate(products):
+        early = packing.take(product)
+        assert (early is not None) == (number in FITTING)
+        later = pack(*product)
+        if early is not None:
+            assert early.dtype == torch.bfloat16
+            assert torch.equal(early, later.panels)
+            assert packing.take(product) is None, "once: who packs again has changed them"
+        assert (later.outputs, later.inputs) == (sum(map(len, product)), product[0].shape[1])
+    assert not packing._begun
+
+
+def test_packing_uses_what_was_begun(room: None) -> None:
+    product = weights(PRODUCTS[0])
+    with ThreadPoolExecutor(1) as thread:
+        packing.begin(thread, [lying(product)], product)
+    address = packing._begun[lying(product)].claim.address
+    assert pack(*product).panels.data_ptr() == address
+    assert pack(*product).panels.data_ptr() != address
+    assert not pack(*weights(PRODUCTS[0], 1)).panels.equal(pack(*product).panels)
+
+
+def test_what_nobody_began_is_packed_by_who_needs_it(room: None) -> None:
+    product = weights(PRODUCTS[0])
+    packing.begin(Never(), [lying(product)], product)
+    assert packing.take(product) is None
+    assert not packing._begun
+
+
+def test_a_failed_head_start_is_no_error(room: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = weights(PRODUCTS[0])
+
+    def missing(group: str, element: str) -> None:
+        raise OSError("the library went away")
+
+    with ThreadPoolExecutor(1) as thread, monkeypatch.context() as patch:
+        patch.setattr(build, "library", missing)
+        packing.begin(thread, [lying(product)], product)
+    assert packing.take(product) is None
+
+
+def test_nothing_is_begun_without_kernels_or_room(room: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = weights([(48 * 400, 64)])
+    with ThreadPoolExecutor(1) as thread:
+        packing.begin(thread, [lying(large)], large)
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "built", lambda group, element: False)
+            packing.begin(thread, [lying(weights([(7, 34)]))], None)
+        memory.settle()
+        packing.begin(thread, [lying(small := weights([(7, 34)]))], small)
+    assert not packing._begun
+
+
+def test_what_is_left_goes_back_to_the_system(room: None) -> None:
+    product = weights([(48 * 40, 64)])
+    with ThreadPoolExecutor(1) as thread:
+        packing.begin(thread, [lying(product)], product)
+    claim = packing._begun[lying(product)].claim
+    assert bool(claim.tensor().any())
+    packing.settle()
+    assert not packing._begun
+    inner = claim.tensor()[4096:-4096]  # pages that it shares with others stay
+    assert not bool(inner.any()), "fresh pages are zero"
+
+
+def test_shapes_of_panels() -> None:
+    assert packing.shape([(96, 64), (49, 64)]) == (4, 32, PANEL, 2)
+    assert packing.shape([(1, 3)]) == (1, 2, PANEL, 2)
+    assert not packing.fits([(48, 3)])
+
+
+def test_libraries_share_pytorch_s_threads_though_they_came_first() -> None:
+    code = """
+import sys
+from waypost.kernels import build
+build.library("pass", "bf16")
+assert "torch" not in sys.modules
+import torch
+runtimes = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
+print(len(runtimes))
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
