@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
@@ -73,6 +74,25 @@ def test_packing_uses_what_was_begun(room: None) -> None:
     assert pack(*product).panels.data_ptr() == address
     assert pack(*product).panels.data_ptr() != address
     assert not pack(*weights(PRODUCTS[0], 1)).panels.equal(pack(*product).panels)
+
+
+def test_only_rows_that_lie_one_after_the_other_are_those(room: None) -> None:
+    square = weights([(48, 48)])
+    with ThreadPoolExecutor(1) as thread:
+        packing.begin(thread, [lying(square)], square)
+    assert packing.take([square[0].t()]) is None
+    assert packing.take(square) is not None
+
+
+def test_addresses_are_held_as_long_as_panels_wait(room: None) -> None:
+    product = weights(PRODUCTS[0])
+    begun, gone = lying(product), weakref.ref(product[0])
+    with ThreadPoolExecutor(1) as thread:
+        packing.begin(thread, [begun], product)
+    del product
+    assert gone() is not None, "or another weight could come to lie there"
+    packing.settle()
+    assert gone() is None
 
 
 def test_what_nobody_began_is_packed_by_who_needs_it(room: None) -> None:

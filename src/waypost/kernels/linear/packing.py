@@ -51,6 +51,8 @@ class _Job(Structure):
 class _Begun:
     claim: memory.Claim
     batch: Future[None]
+    keep: object
+    """What the addresses belong to: while it is there, nothing else can lie at them."""
 
 
 _begun: dict[Product, _Begun] = {}
@@ -77,13 +79,15 @@ def begin(thread: Executor, products: Sequence[Product], keep: object) -> None:
         claims = {product: memory.claim(_bytes(product)) for product in fitting[first : first + BATCH]}
         have = {product: claim for product, claim in claims.items() if claim is not None}
         jobs = [job for product, claim in have.items() for job in _jobs(product, claim.address)]
-        batch = thread.submit(_pack, jobs, keep)
-        _begun.update({product: _Begun(claim, batch) for product, claim in have.items()})
+        batch = thread.submit(_pack, jobs)
+        _begun.update({product: _Begun(claim, batch, keep) for product, claim in have.items()})
 
 
 def take(weights: Sequence[Tensor]) -> Tensor | None:
-    """The panels of `weights` (N_i, K), contiguous and in bfloat16, if they were begun ahead; then they are the caller's."""
-    begun = _begun.pop(tuple(Lying(w.data_ptr(), *w.shape) for w in weights), None) if _begun else None
+    """The panels of `weights` (N_i, K) in bfloat16 if they were begun ahead; then they are the caller's."""
+    if not _begun or not all(w.is_contiguous() for w in weights):
+        return None
+    begun = _begun.pop(tuple(Lying(w.data_ptr(), *w.shape) for w in weights), None)
     if begun is None:
         return None
     if not _done(begun.batch):
@@ -123,8 +127,7 @@ def _jobs(product: Product, address: int) -> list[_Job]:
     return jobs
 
 
-def _pack(jobs: Sequence[_Job], keep: object) -> None:
+def _pack(jobs: Sequence[_Job]) -> None:
     function = build.library("pass", "bf16").waypost_pack_each_bf16
     function.argtypes, function.restype = [c_void_p, c_long], None
     function((_Job * len(jobs))(*jobs), len(jobs))
-    del keep
