@@ -34,6 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_step_is_its_parts(checkpoint: Path, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "matmul_flops", lambda dtype: 3e15)
     monkeypatch.setattr(machine, "read_bandwidth", lambda: 2e9)
+    monkeypatch.setattr(profile, "_product_read_bytes", lambda: 1e9)
     engine = Engine(str(checkpoint), threads=2, num_pages=64, prefix_cache=False)
     plain = engine.model.ops
     found = measure(engine, work, rounds=1)
@@ -58,6 +59,7 @@ def test_a_step_is_its_parts(checkpoint: Path, work: Work, monkeypatch: pytest.M
 def test_only_steps_of_all_streams_count(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "matmul_flops", lambda dtype: 3e15)
     monkeypatch.setattr(machine, "read_bandwidth", lambda: 2e9)
+    monkeypatch.setattr(profile, "_product_read_bytes", lambda: 1e9)
     engine = Engine(str(checkpoint), threads=2, num_pages=64, prefix_cache=False, max_batch_tokens=12)
     drew: list[int] = []
     now, step = 0.0, engine.step

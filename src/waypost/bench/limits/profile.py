@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from waypost.core.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from waypost.kernels.linear.cpu import Packed
     from waypost.model.config import ModelConfig
     from waypost.serve.engine import Engine
 
@@ -76,7 +78,7 @@ class Peaks:
     flops: float
     """Of a product in bfloat16: PyTorch's or our own, whichever was faster."""
     read_bytes: float
-    """Read from memory."""
+    """Read from memory, by PyTorch or by our own product of one row, whichever was faster."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
                 steps += found
                 draws.append(_draw_s(engine, work))
                 flops += [matmul_flops(torch.bfloat16), _product_flops()]
-                read.append(read_bandwidth())
+                read += [read_bandwidth(), _product_read_bytes()]
     finally:
         once.time_into(None)
     steps.sort()
@@ -164,6 +166,27 @@ def _product_flops() -> float:
     inputs, outputs, rows = 1536, 192, 256
     x, packed = torch.ones(rows, inputs, dtype=torch.bfloat16), pack(torch.ones(outputs, inputs, dtype=torch.bfloat16))
     return 2.0 * rows * inputs * outputs / best_seconds(lambda: packed(x), repeats=20)
+
+
+def _product_read_bytes() -> float:
+    """Bytes a second that our own product of one row reads of weights that no cache holds."""
+    import torch
+
+    from waypost.measure.machine import best_seconds
+
+    packed = _large()
+    x = torch.ones(1, packed.inputs, dtype=torch.bfloat16)
+    return packed.panels.nbytes / best_seconds(lambda: packed(x))
+
+
+@functools.cache
+def _large() -> Packed:
+    """268 MB of weights."""
+    import torch
+
+    from waypost.kernels.linear.cpu import pack
+
+    return pack(torch.ones(48 * 1365, 2048, dtype=torch.bfloat16))
 
 
 def _draw_s(engine: Engine, work: Work) -> float:
