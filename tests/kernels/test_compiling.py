@@ -67,6 +67,9 @@ def test_a_library_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert cxx is not None
     compiling.compile_library(cxx, tmp_path / "good.so", [([good], "float")])
     assert ctypes.CDLL(str(tmp_path / "good.so")).seven() == 7
+    compiling.compile_library(cxx, tmp_path / "idle.so", [([good], "float")], idly=True)
+    assert ctypes.CDLL(str(tmp_path / "idle.so")).seven() == 7
+    (tmp_path / "idle.so").unlink()
     with pytest.raises(compiling.CompileError, match=r"bad\.cpp"):
         compiling.compile_library(cxx, tmp_path / "both.so", [([good], "float"), ([bad], "float")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.cpp", "good.cpp", "good.so"]
@@ -82,7 +85,7 @@ def test_without_compiler_and_library_the_plain_kernels_serve(monkeypatch: pytes
     with pytest.raises(ConfigError, match="install g\\+\\+, or choose kernel='naive'"):
         select(kernel="cpu")
     with pytest.raises(ConfigError, match="install g\\+\\+"):
-        build._build(tmp_path / "kernels.so", "pass", "float")
+        build._build(tmp_path / "kernels.so", "pass", "float", idly=False)
     monkeypatch.setattr(build, "prebuilt", lambda: tmp_path / "avx2.so")
     assert build.available(), "a wheel's library needs no compiler"
 
@@ -92,8 +95,9 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The groups that were compiled, by a compiler that takes its time and knows no group "bad"."""
     groups: list[str] = []
 
-    def make(path: Path, group: str, element: str) -> None:
+    def make(path: Path, group: str, element: str, idly: bool) -> None:
         time.sleep(0.05)
+        assert idly == (group == "greedy"), "nobody waits for what comes after"
         if group == "bad":
             raise ConfigError("it does not compile")
         groups.append(group)

@@ -68,9 +68,9 @@ def _load_openmp() -> None:
 
 
 def begin(groups: Sequence[str], element: str, after: Sequence[str] = ()) -> None:
-    """Compiles on threads of their own what of `groups` is not on this machine yet, and then what of `after`; `library` waits
-    for it and raises what went wrong. Worth beginning before PyTorch is imported: a compiler leaves the interpreter's lock
-    alone."""
+    """Compiles on threads of their own what of `groups` is not on this machine yet, and then what of `after`, as long as nobody
+    else wants the processor; `library` waits for it and raises what went wrong. Worth beginning before PyTorch is imported: a
+    compiler leaves the interpreter's lock alone."""
     if prebuilt() is not None or compiler() is None:
         return
     pool = ThreadPoolExecutor(len(groups) + len(after), "waypost-compiling")
@@ -82,7 +82,7 @@ def begin(groups: Sequence[str], element: str, after: Sequence[str] = ()) -> Non
 
 def _file_after(others: Sequence[Future[Path]], group: str, element: str) -> Path:
     wait(others)
-    return _file(group, element)
+    return _file(group, element, idly=True)
 
 
 def pending(group: str, element: str) -> bool:
@@ -98,10 +98,10 @@ def _path(group: str, element: str) -> Path:
     return _cache_dir() / f"kernels-{_key()}-{group}-{element}.so"
 
 
-def _file(group: str, element: str) -> Path:
+def _file(group: str, element: str, *, idly: bool = False) -> Path:
     path = _path(group, element)
     if not path.exists():
-        _build(path, group, element)
+        _build(path, group, element, idly)
     return path
 
 
@@ -142,13 +142,13 @@ def require() -> None:
         raise ConfigError("kernel='cpu' needs a C++ compiler: install g++, or choose kernel='naive'")
 
 
-def _build(path: Path, group: str, element: str) -> None:
+def _build(path: Path, group: str, element: str, idly: bool) -> None:
     require()
     cxx = compiler()
     assert cxx is not None
     say(f"compiling kernels for this processor, once: {group} in {element}")
     try:
-        compiling.compile_library(cxx, path, compiling.units(group, element))
+        compiling.compile_library(cxx, path, compiling.units(group, element), idly=idly)
     except (compiling.CompileError, OSError) as error:
         raise ConfigError(
             f"the C++ kernels could not be compiled; choose kernel='naive', and report it if it is our fault:\n{error}"

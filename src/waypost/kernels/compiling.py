@@ -81,20 +81,26 @@ def units(group: str, element: str) -> list[tuple[list[Path], str]]:
     return [([here / source for source in sources], element) for sources, serves in GROUPS[group] if element in serves]
 
 
-def compile_library(cxx: str, to: Path, units: Sequence[tuple[list[Path], str]], processor: Sequence[str] = NATIVE) -> None:
-    """Compiles `units` for `processor` into the library `to`, which is there as a whole or not at all. CompileError."""
+def compile_library(
+    cxx: str, to: Path, units: Sequence[tuple[list[Path], str]], processor: Sequence[str] = NATIVE, *, idly: bool = False
+) -> None:
+    """Compiles `units` for `processor` into the library `to`, which is there as a whole or not at all. CompileError.
+
+    `idly` leaves the processor to whoever else wants it, where the system has a command for that.
+    """
     flags = [*FLAGS, *processor]
+    call = [nice, "-n", "19", cxx] if idly and (nice := shutil.which("nice")) is not None else [cxx]
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         objects = [Path(folder) / f"{i}.o" for i in range(len(units))]
         commands = [
-            [cxx, *flags, f"-DWAYPOST_ELEMENT={element}", "-c", "-o", str(out), "-x", "c++", "-"]
+            [*call, *flags, f"-DWAYPOST_ELEMENT={element}", "-c", "-o", str(out), "-x", "c++", "-"]
             for out, (_, element) in zip(objects, units, strict=True)
         ]
         texts = ["".join(f'#include "{source}"\n' for source in sources) for sources, _ in units]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands, texts))
         out = Path(folder) / to.name
-        _run([cxx, *flags, "-shared", "-o", str(out), *map(str, objects)])
+        _run([*call, *flags, "-shared", "-o", str(out), *map(str, objects)])
         os.replace(out, to)  # another process may have built the same file meanwhile: either one is right
 
 
