@@ -126,6 +126,19 @@ def test_nothing_is_begun_without_kernels_or_room(room: None, monkeypatch: pytes
     assert not packing._begun
 
 
+def test_only_what_was_reserved_is_claimed(room: None) -> None:
+    memory.settle()
+    memory.empty((64,), torch.uint8)  # a slab for everybody
+    assert memory.claim(64) is None
+    memory.reserve(4096)
+    first, second = memory.claim(100), memory.claim(64)
+    assert first is not None
+    assert second is not None
+    assert (first.num_bytes, second.address - first.address) == (128, 128)
+    assert first.part(64, 64).address == first.address + 64
+    assert memory.claim(1 << 20) is None
+
+
 def test_what_is_left_goes_back_to_the_system(room: None) -> None:
     product = weights([(48 * 40, 64)])
     with ThreadPoolExecutor(1) as thread:
@@ -142,6 +155,43 @@ def test_shapes_of_panels() -> None:
     assert packing.shape([(96, 64), (49, 64)]) == (4, 32, PANEL, 2)
     assert packing.shape([(1, 3)]) == (1, 2, PANEL, 2)
     assert not packing.fits([(48, 3)])
+    assert packing.fits([(48, 4), (5, 4)])
+    assert not packing.fits([(48, 4), (48, 6)]), "of a damaged folder"
+
+
+def test_packing_does_not_wait_for_an_import_of_pytorch() -> None:
+    """The import is held until the library is there; one that waited for it would never be."""
+    code = """
+import sys, threading
+from importlib.machinery import PathFinder, SourceFileLoader
+
+class Held(SourceFileLoader):
+    def exec_module(self, module):
+        half_way.set()
+        assert loaded.wait(60), "the library waits for PyTorch"
+        super().exec_module(module)
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        spec = PathFinder.find_spec(name, path, target) if name == "torch.version" else None
+        if spec is not None:
+            spec.loader = Held(name, spec.origin)
+        return spec
+
+half_way, loaded = threading.Event(), threading.Event()
+sys.meta_path.insert(0, Finder)
+importing = threading.Thread(target=__import__, args=("torch",))
+importing.start()
+assert half_way.wait(60)
+from waypost.kernels import build
+build.library("pass", "bf16")
+loaded.set()
+importing.join()
+print(sys.modules["torch"].ones(2).sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("2.0\n", "")
 
 
 def test_libraries_share_pytorch_s_threads_though_they_came_first() -> None:

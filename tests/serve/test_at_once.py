@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from waypost.core.batch import Batch
 from waypost.kernels.build import available
+from waypost.kernels.layers import cpu as layers_cpu
 from waypost.kernels.layers.weights import KINDS
 from waypost.model.decoder import Decoder
 from waypost.model.linear.at_once import LayersAtOnce
@@ -144,6 +146,26 @@ def test_rows_that_nobody_asks_for_stop_at_the_keys_of_the_last_layer(variant: s
             assert torch.equal(found, every[wanted]), wanted
             pages = zip(kv.k_pages + kv.v_pages, own.k_pages + own.v_pages, strict=True)
             assert all(torch.equal(a, b) for a, b in pages), wanted
+
+
+@pytest.mark.parametrize("wanted", [[], [8], [3, 11, 12]])
+def test_the_last_layer_leaves_the_other_rows_as_they_came(wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = served("panels"), []
+    run = layers_cpu._run
+
+    def watched(table: Any, order: Any, ends: Any, h: Tensor, *rest: Any) -> int:
+        unknown = run(table, order, ends, h, *rest)
+        seen.append(h.clone())
+        return unknown
+
+    spans = [(0, 9), (30, 4)]
+    (rows, _), (again, _) = (rows_of(model, spans) for _ in range(2))
+    assert model.at_once is not None
+    with torch.inference_mode():
+        before = model.run(model.embed(again.batch), range(len(model.config.layers) - 1), again)
+        monkeypatch.setattr(layers_cpu, "_run", watched)
+        assert model.at_once.logits(rows, torch.tensor(wanted, dtype=torch.int64)) is not None
+    assert torch.equal(seen[0], before)
 
 
 def test_a_changed_head_or_embedding_is_followed() -> None:

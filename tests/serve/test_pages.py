@@ -13,6 +13,7 @@ from waypost.kernels import memory
 from waypost.kernels.call import page_stride
 from waypost.kernels.ops import PAGE_TOKENS
 from waypost.model.rows import Rows
+from waypost.serve import pages as pages_module
 from waypost.serve.pages import PagedKv, PagePool, UpcomingPages, pages_for
 from waypost.testing.tiny import tiny_config
 
@@ -105,6 +106,7 @@ def test_memory_of_pages_is_fetched_before_they_are_used(monkeypatch: pytest.Mon
     before = storage.clone()
     real = memory.populate
     monkeypatch.setattr(memory, "CACHE_STRIP_BYTES", 10 * storage[0].nbytes)
+    monkeypatch.setattr(pages_module, "STRIP_PAGES", 1)
     monkeypatch.setattr(memory, "HUGE_PAGE_BYTES", 4 * storage[0].nbytes)
     monkeypatch.setattr(UpcomingPages, "PAUSE_S", 0.0)
     monkeypatch.setattr(memory, "populate", lambda part: (fetched.append((int(part[0, 0]), int(part[-1, 0]))), real(part)))

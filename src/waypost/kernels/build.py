@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import os
 import platform
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -56,8 +55,12 @@ def built(group: str, element: str) -> bool:
 
 
 def _load_openmp() -> None:
-    """Loads the OpenMP runtime that PyTorch brings, to which ours must resolve; PyTorch itself need not be there yet."""
-    spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
+    """Loads the OpenMP runtime that PyTorch brings, to which ours must resolve. PyTorch need not be there: who imported it here
+    would wait until another thread that does so is done."""
+    try:
+        spec = importlib.util.find_spec("torch")
+    except ValueError:  # a module that says nothing of where it came from
+        spec = None
     runtime = None if spec is None or spec.origin is None else Path(spec.origin).parent / "lib" / "libgomp.so.1"
     if runtime is not None and runtime.exists():
         ctypes.CDLL(str(runtime))

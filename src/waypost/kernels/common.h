@@ -307,7 +307,7 @@ template <class T> inline Wide<T> peak_of(const T *row, long width) {
 // exp, Cody and Waite's reduction and a Taylor polynomial of degree 7 on |r| <= ln(2) / 2: below 2 units in the last place.
 inline Vec<float> exp_lanes(Vec<float> x) {
   const Vec<float> low = splat(-87.0f), high = splat(88.0f), magic = splat(12582912.0f);
-#if defined(__AVX512F__)  // the same bits with fewer instructions: of these a NaN comes through each, as the second operand here
+#if defined(__AVX512F__)  // the same bits with fewer instructions: max and min give their second operand if one is NaN
   const Vec<float> y = (Vec<float>)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));
 #else
   const VecI tiny = x < low, nan = x != x;

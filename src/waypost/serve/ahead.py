@@ -44,34 +44,41 @@ class Ahead:
 
     def __init__(self, path: str | Path, *, packs: bool = False) -> None:
         if packs:
-            _prepare(Path(path))
-        thread = ThreadPoolExecutor(1, "waypost-ahead")
-        self._checkpoint = thread.submit(_open, path, thread, packs)
+            _prepare(Path(path))  # first: what it reserves is packed into
+        executor = ThreadPoolExecutor(1, "waypost-ahead")
+        self._checkpoint = executor.submit(_open, path, executor, packs)
 
     def checkpoint(self) -> Checkpoint:
         """The open checkpoint. CheckpointError where it cannot be opened, or a weight is damaged."""
         return self._checkpoint.result()
 
+    def settle(self) -> None:
+        """Gives back what no engine took; of what was not begun, nothing is done any more."""
+        self._checkpoint.exception()  # waits: what it begins is begun
+        packing.settle()
 
-def _open(path: str | Path, thread: ThreadPoolExecutor, packs: bool) -> Checkpoint:
+
+def _open(path: str | Path, executor: ThreadPoolExecutor, packs: bool) -> Checkpoint:
     from waypost.keep.reader import Checkpoint
 
     try:
         checkpoint = Checkpoint(path)
         checkpoint.verify_weights()
         if packs and type(checkpoint) is Checkpoint:
-            packing.begin(thread, _products(checkpoint), checkpoint)
+            with contextlib.suppress(WaypostError, OSError):  # only a head start, as _prepare
+                packing.begin(executor, _products(checkpoint), checkpoint)
         return checkpoint
     finally:
-        thread.shutdown(wait=False)  # what is asked of it is still done
+        executor.shutdown(wait=False)  # what is asked of it is still done
 
 
 def _products(checkpoint: Checkpoint) -> list[packing.Product]:
-    """The weights that are packed together, in bfloat16."""
-    names = {name for name in checkpoint.names if checkpoint.specs["weight", name].dtype == "BF16"}
+    """The matrices in bfloat16 that are packed together."""
+    specs = {name: checkpoint.specs["weight", name] for name in checkpoint.names}
+    names = {name for name, spec in specs.items() if spec.dtype == "BF16" and len(spec.shape) == 2}
     layers = sorted({name.split(".")[2] for name in names if name.startswith("model.layers.")}, key=natural)
     groups = [[f"model.layers.{layer}.{part}.weight" for part in parts] for layer in layers for parts in _TOGETHER]
-    groups.append(["lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"])
+    groups.append(["model.embed_tokens.weight" if checkpoint.tied else "lm_head.weight"])
     return [tuple(_lying(checkpoint, name) for name in group) for group in groups if names.issuperset(group)]
 
 

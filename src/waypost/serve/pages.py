@@ -172,6 +172,10 @@ class PagedKv:
             pages[target].copy_(pages[source])
 
 
+STRIP_PAGES = 64
+"""Pages whose memory is fetched at a time, or more: twice what a step of 512 tokens comes to."""
+
+
 class UpcomingPages:
     """Fetches the memory of cached pages shortly before they are used, on a thread beside: the system gives a huge page in up
     to 5 ms, and a step that came to it would wait. Those of the first strip are there from the beginning."""
@@ -182,7 +186,7 @@ class UpcomingPages:
     def __init__(self, storage: Tensor) -> None:  # (pages, ...)
         self._storage = storage
         page_bytes = max(1, storage[:1].nbytes)
-        self._strip = max(1, memory.CACHE_STRIP_BYTES // page_bytes)
+        self._strip = max(memory.CACHE_STRIP_BYTES // page_bytes, STRIP_PAGES)
         self._piece = max(1, memory.HUGE_PAGE_BYTES // page_bytes)
         self._ready = self._strip
         """Pages below this are there, or on their way."""

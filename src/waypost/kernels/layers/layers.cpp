@@ -71,7 +71,7 @@ struct Ends {
   const void *norm;
   double eps;
   Product head;
-  const int64_t *wanted;  // (answers,): rows whose logits are asked for; null: every row's
+  const int64_t *wanted;  // (answers,): rows whose logits are asked for; null: every row's, or, without answers, none
   long answers;
   void *normed;  // (answers, hidden): their rows after the last norm
   void *logits;  // (answers, vocabulary)
@@ -119,7 +119,7 @@ template <class T> class Pass {
  public:
   Pass(const Layer *layers, int count, const Step &step, const Ends *ends, T *h, long rows, long hidden)
       : step_(step), ends_(ends), all_{h, rows, step.which, step.table, step.starts, step.context, step.sequences}, hidden_(hidden) {
-    if (ends && ends->wanted && ends->answers < rows)
+    if (ends && ends->answers < rows)
       asked_ = std::make_unique<Asked<T>>(all_, step.table_width, hidden, ends->wanted, ends->answers);
     long heads = 0, qkv = 0, wide = 0;
     for (int i = 0; i < count; ++i) {
@@ -165,7 +165,7 @@ template <class T> class Pass {
       add_and_norm(now, before, (const T *)layer.attention_norm, layer.eps);
       clock.took(kNorms);
       also.clear();
-      expect(layer.out, now.rows, also);
+      expect(layer.out, asked_ && i + 1 == count ? asked_->some.rows : now.rows, also);
       multiply(layer.qkv, now.rows, normed_, qkv_, also);
       const long D = layer.width;
       adapt(now, at, 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
@@ -208,7 +208,7 @@ template <class T> class Pass {
     clock.took(kNorms);
     if (!ends_) return;
     T *const normed = (T *)ends_->normed;
-    const int64_t *const wanted = asked_ ? nullptr : ends_->wanted;
+    const int64_t *const wanted = now.h == all_.h ? ends_->wanted : nullptr;  // else they are all that is left
 #pragma omp for schedule(static)
     for (long i = 0; i < ends_->answers; ++i)
       norm_row(now.h + (wanted ? wanted[i] : i) * hidden_, (const T *)ends_->norm, (int)hidden_, ends_->eps, normed + i * hidden_);
@@ -317,7 +317,8 @@ template <class T> class Pass {
     }
   };
 
-  // Every row's key and value to their page, and from here on the rows that are asked for alone: their queries and what they are.
+  // Every row's key and value to their page; of the rows that are asked for, the queries and the residual stream to where they go
+  // on alone. The threads meet at the end of the last loop, for all three.
   Some<T> leave(Placing &place) const {
     const Some<T> &some = asked_->some;
     const int G = place.layer->groups;

@@ -1,8 +1,8 @@
 """Weights packed by their addresses before PyTorch is imported, for the import takes a second or two and leaves a core idle.
 
-    begin(thread, products)      # returns at once; `thread` packs them one after another
-    panels = take(weights)       # in linear.cpu.pack: the panels, if these very weights were begun; None: pack them now
-    settle()                     # what nobody took is given back, and what was reserved and is left
+    begin(executor, products, keep)   # returns at once; a thread of `executor` packs them one after another
+    panels = take(weights)            # in linear.cpu.pack: the panels, if these very weights were begun; None: pack them now
+    settle()                          # what nobody took is given back, and what was reserved and is left
 
 Only a head start: what cannot be begun, or was not by the time it is asked for, is packed as it always was. Of this file,
 `take` alone needs PyTorch.
@@ -10,6 +10,7 @@ Only a head start: what cannot be begun, or was not by the time it is asked for,
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from ctypes import Structure, c_long, c_void_p
@@ -55,6 +56,7 @@ class _Begun:
     """What the addresses belong to: while it is there, nothing else can lie at them."""
 
 
+_lock = threading.Lock()
 _begun: dict[Product, _Begun] = {}
 
 
@@ -64,30 +66,36 @@ def shape(product: Sequence[tuple[int, int]]) -> tuple[int, int, int, int]:
 
 
 def fits(product: Sequence[tuple[int, int]]) -> bool:
-    """Whether weights (outputs, inputs) are packed as they lie: a panel would hold the end of one and the beginning of the
-    next, or a pair of inputs more than there is."""
-    return all(inputs % 2 == 0 for _, inputs in product) and all(outputs % PANEL == 0 for outputs, _ in product[:-1])
+    """Whether weights (outputs, inputs) are packed as they lie: all have one even number of inputs, and no panel would hold the
+    end of one weight and the beginning of the next."""
+    inputs = {each for _, each in product}
+    return len(inputs) == 1 and not inputs.pop() % 2 and all(outputs % PANEL == 0 for outputs, _ in product[:-1])
 
 
-def begin(thread: Executor, products: Sequence[Product], keep: object) -> None:
-    """Packs `products` on `thread`, where kernels are there already, into memory that was reserved; `keep` is what their
+def begin(executor: Executor, products: Sequence[Product], keep: object) -> None:
+    """Packs `products` on `executor`, where kernels are there already, into memory that was reserved; `keep` is what their
     addresses belong to."""
-    if not build.built("pass", "bf16"):
-        return
     fitting = [product for product in products if fits([(w.outputs, w.inputs) for w in product])]
-    for first in range(0, len(fitting), BATCH):
-        claims = {product: memory.claim(_bytes(product)) for product in fitting[first : first + BATCH]}
-        have = {product: claim for product, claim in claims.items() if claim is not None}
-        jobs = [job for product, claim in have.items() for job in _jobs(product, claim.address)]
-        batch = thread.submit(_pack, jobs)
-        _begun.update({product: _Begun(claim, batch, keep) for product, claim in have.items()})
+    with _lock:
+        claim = memory.claim(sum(map(_bytes, fitting))) if build.built("pass", "bf16") else None
+        if claim is None:
+            return
+        at = 0
+        for first in range(0, len(fitting), BATCH):
+            parts = {}
+            for product in fitting[first : first + BATCH]:
+                parts[product] = claim.part(at, _bytes(product))
+                at += parts[product].num_bytes
+            batch = executor.submit(_pack, [job for product, part in parts.items() for job in _jobs(product, part.address)])
+            _begun.update({product: _Begun(part, batch, keep) for product, part in parts.items()})
 
 
 def take(weights: Sequence[Tensor]) -> Tensor | None:
     """The panels of `weights` (N_i, K) in bfloat16 if they were begun ahead; then they are the caller's."""
     if not _begun or not all(w.is_contiguous() for w in weights):
         return None
-    begun = _begun.pop(tuple(Lying(w.data_ptr(), *w.shape) for w in weights), None)
+    with _lock:
+        begun = _begun.pop(tuple(Lying(w.data_ptr(), *w.shape) for w in weights), None)
     if begun is None:
         return None
     if not _done(begun.batch):
@@ -100,8 +108,10 @@ def take(weights: Sequence[Tensor]) -> Tensor | None:
 
 def settle() -> None:
     """Gives back what was begun and not taken, and what was reserved for more."""
-    while _begun:
-        _, begun = _begun.popitem()
+    with _lock:
+        left = list(_begun.values())
+        _begun.clear()
+    for begun in left:
         _done(begun.batch)
         begun.claim.give_back()
     memory.settle()
@@ -116,7 +126,7 @@ def _done(batch: Future[None]) -> bool:
 
 def _bytes(product: Product) -> int:
     panels, pairs, *_ = shape([(w.outputs, w.inputs) for w in product])
-    return panels * pairs * PANEL * 4
+    return panels * pairs * PANEL * 4  # a multiple of memory.ALIGN_BYTES
 
 
 def _jobs(product: Product, address: int) -> list[_Job]:
