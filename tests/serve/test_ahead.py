@@ -12,19 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from waypost.core.errors import CheckpointError, WaypostError
 from waypost.keep import image
 from waypost.kernels import memory
-from waypost.kernels.linear import packing
-from waypost.model import hf
-from waypost.model.linear.at_once import LayersAtOnce
 from waypost.serve import loading
 from waypost.serve.ahead import Ahead, packed_bytes
 from waypost.serve.engine import Engine
 from waypost.serve.sampling import Sampling
-from waypost.testing.tiny import tiny_checkpoint, tiny_config, tiny_model
+from waypost.testing.tiny import tiny_checkpoint
 
 SAMPLING = Sampling(max_tokens=5, seed=2, logprobs=0, ignore_eos=True)
 
@@ -38,49 +34,6 @@ def test_an_engine_that_began_ahead_is_the_same(bf16_folder: Path) -> None:
     engines = [Engine(model, num_pages=4) for model in (Ahead(bf16_folder, packs=True), bf16_folder)]
     one, other = (engine.generate(["the bat"], SAMPLING)[0].choices for engine in engines)
     assert one == other
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_weights_are_packed_before_the_engine_asks_for_them(tied: bool, tmp_path: Path) -> None:
-    """Those of a model whose groups have whole panels, all of them; the engine then packs none itself."""
-    wide = {"hidden_size": 96, "intermediate_size": 192, "head_dim": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
-    folder = tiny_checkpoint(tmp_path / "wide", tiny_config(**wide, tie_word_embeddings=tied), dtype=torch.bfloat16)
-    Engine(folder, num_pages=4)  # the kernels are there from now on
-    ahead = Ahead(folder, packs=True)
-    ahead.checkpoint()
-    begun = sorted(each.claim.address for each in packing._begun.values())
-    engine = Engine(ahead, num_pages=4)
-    assert not packing._begun
-    once = engine.model.at_once
-    assert isinstance(once, LayersAtOnce)
-    assert once._ends is not None
-    products = [p for layer in once._table.weights for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    assert begun == sorted(p.weight.panels.data_ptr() for p in (*products, once._ends.head))
-    one, other = (e.generate(["the bat"], SAMPLING)[0].choices for e in (engine, Engine(folder, num_pages=4)))
-    assert one == other
-
-
-def test_what_no_engine_takes_is_given_back(bf16_folder: Path) -> None:
-    Engine(bf16_folder, num_pages=4)
-    ahead = Ahead(bf16_folder, packs=True)
-    ahead.checkpoint()
-    assert packing._begun
-    ahead.settle()
-    assert not packing._begun
-    Ahead(bf16_folder / "none", packs=True).settle()
-
-
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
-def test_weights_of_no_sense_are_told_by_who_reads_them(name: str, tmp_path: Path) -> None:
-    tensors = hf.entries(tiny_model(tiny_config(tie_word_embeddings=False), dtype=torch.bfloat16))
-    folder = tmp_path / "odd"
-    folder.mkdir()
-    save_file({e.spec.name: torch.ones(48, dtype=torch.bfloat16) if e.spec.name == name else e.tensor for e in tensors},
-              folder / "model.safetensors")  # fmt: skip
-    config = hf.config_to_hf(tiny_config(tie_word_embeddings=False), torch.bfloat16)
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        Engine(Ahead(folder, packs=True), num_pages=4)
 
 
 def test_damage_is_raised_where_the_engine_is_made(bf16_folder: Path) -> None:

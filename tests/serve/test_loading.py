@@ -15,6 +15,9 @@ from torch import Tensor
 from waypost.core.batch import Batch
 from waypost.core.errors import CapacityError, CheckpointError, ConfigError, NumericsError
 from waypost.kernels import select
+from waypost.kernels.build import available
+from waypost.kernels.linear import packed as packed_module
+from waypost.kernels.linear.cpu import Packed, pack
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.quantized import QuantizedWeight
 from waypost.kernels.linear.rows import differing_count, trial_input
@@ -243,3 +246,19 @@ def test_of_many_outputs_a_few_rows_are_enough_to_find_a_difference() -> None:
         (lambda part: part * 1, None),
     ):
         assert differing_count(product, x, product(x), (3, 9, 16)) == first
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler here and no library from a wheel; naive is used")
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_weight_is_packed_once(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[int] = []
+
+    def watched(*weights: torch.Tensor) -> Packed:
+        packed.extend(weight.data_ptr() for weight in weights)
+        return pack(*weights)
+
+    monkeypatch.setattr(packed_module, "pack", watched)
+    model = tiny_model(tiny_config(tie_word_embeddings=tied), dtype=torch.bfloat16, kernel="cpu")
+    loading.prepare_for_serving(model)
+    matrices = [p.data_ptr() for name, p in model.named_parameters() if p.ndim == 2 and (tied or "embed" not in name)]
+    assert sorted(packed) == sorted(matrices)

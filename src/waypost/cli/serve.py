@@ -158,15 +158,11 @@ def command(
     check_asked(checkpoint, scheduling, time_between_tokens, time_to_first_token)
     sock = listen(host, port)
     ahead = Ahead(checkpoint, packs=kernel != "naive" and dtype in (None, "bfloat16"))
-    try:
-        with uncollected():
-            require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
-            from waypost.serve.engine import Engine
+    with uncollected():
+        require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
+        from waypost.serve.engine import Engine
 
-        techniques = serving_techniques(kv, drafting, scheduling)
-    except BaseException:  # from here on the engine does this
-        ahead.settle()
-        raise
+    techniques = serving_techniques(kv, drafting, scheduling)
     story.tell("import", "torch")
 
     def build() -> Engine:

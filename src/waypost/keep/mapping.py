@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,19 +18,14 @@ class MappedFile:
     this mapping, so its tensors are read-only by convention. The mapping lives as long as any tensor of it."""
 
     def __init__(self, path: Path) -> None:
+        import torch
+
         try:
             with path.open("rb") as stream:
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be mapped into memory: {error}") from error
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        """Where the file's first byte lies, without PyTorch."""
-
-    @functools.cached_property
-    def _bytes(self) -> Tensor:
-        import torch
-
-        return torch.frombuffer(self._map, dtype=torch.uint8)
+        self._bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def release(self, offset: int, num_bytes: int) -> None:
         """Gives the pages of these bytes back to the system; they come back from the file when they are touched again.

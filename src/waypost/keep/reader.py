@@ -141,17 +141,9 @@ class Checkpoint:
         Read-only by convention: a write never reaches the file, yet later readers of this Checkpoint would see it.
         """
         placed = self.placed(name, role)
-        return self._mapping(placed).tensor(placed)
-
-    def address(self, name: str, role: str = "weight") -> int:
-        """Where the bytes of a tensor lie in memory, for who has no PyTorch yet: those of `tensor`, unless that has to copy."""
-        placed = self.placed(name, role)
-        return self._mapping(placed).address + placed.offset
-
-    def _mapping(self, placed: Placed) -> MappedFile:
         if placed.file not in self._mapped:
             self._mapped[placed.file] = MappedFile(self.path / placed.file)
-        return self._mapped[placed.file]
+        return self._mapped[placed.file].tensor(placed)
 
     def release(self, name: str, role: str = "weight") -> None:
         """Gives a tensor's pages back to the system, so that walking through a large checkpoint does not fill memory.

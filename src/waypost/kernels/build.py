@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import os
 import platform
 import tempfile
@@ -43,31 +42,12 @@ def prebuilt() -> Path | None:
 @functools.cache
 def library(group: str, element: str) -> ctypes.CDLL:
     """The kernels of one of compiling.GROUPS for an element type, compiled now if they are not yet on this machine."""
-    _load_openmp()
+    import torch  # loads the OpenMP runtime that ours must resolve to
+
+    del torch
     begun = _begun.pop((group, element), None)
     path = prebuilt() or (_file(group, element) if begun is None else begun.result())
     return ctypes.CDLL(str(path))
-
-
-def built(group: str, element: str) -> bool:
-    """Whether `library` has nothing to compile."""
-    return prebuilt() is not None or (compiler() is not None and _path(group, element).exists())
-
-
-def _load_openmp() -> None:
-    """Loads the OpenMP runtime that PyTorch brings, to which ours must resolve. PyTorch need not be there: who imported it here
-    would wait until another thread that does so is done."""
-    try:
-        spec = importlib.util.find_spec("torch")
-    except ValueError:  # a module that says nothing of where it came from
-        spec = None
-    runtime = None if spec is None or spec.origin is None else Path(spec.origin).parent / "lib" / "libgomp.so.1"
-    if runtime is not None and runtime.exists():
-        ctypes.CDLL(str(runtime))
-        return
-    import torch
-
-    del torch
 
 
 def begin(groups: Sequence[str], element: str, after: Sequence[str] = ()) -> None:
@@ -97,12 +77,8 @@ def pending(group: str, element: str) -> bool:
 _begun: dict[tuple[str, str], Future[Path]] = {}
 
 
-def _path(group: str, element: str) -> Path:
-    return _cache_dir() / f"kernels-{_key()}-{group}-{element}.so"
-
-
 def _file(group: str, element: str, *, idly: bool = False) -> Path:
-    path = _path(group, element)
+    path = _cache_dir() / f"kernels-{_key()}-{group}-{element}.so"
     if not path.exists():
         _build(path, group, element, idly)
     return path

@@ -23,7 +23,6 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "linear": [_P, _L, _L, _P, _L, _P, _I],
         "linear_plain": [_P, _L, _L, _P, _L, _P, _I],
         "pack_panels": [_P, _L, _L, _P, _I],
-        "pack_each": [_P, _L],
         "rms_norm_forward": [_P, _P, _L, _I, _D, _P, _P, _I],
         "rms_norm_backward": [_P, _P, _P, _P, _L, _I, _P, _P, _I],
     },

@@ -5,7 +5,7 @@ thread read 16 GB/s of them and 27 GB/s of huge ones (x86-64; bench.roofline mea
 dear to get: the system zeroes them, and where its memory is in pieces it first moves others together, up to 2 ms a page. So
 `reserve`, which needs no PyTorch, fetches them on a thread of its own while the interpreter imports it.
 
-Invariant: bytes of a block below `at` belong to tensors and claims, bytes from `at` on are zero and belong to nobody.
+Invariant: bytes of a block below `at` belong to tensors, bytes from `at` on are zero and belong to nobody.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,48 +57,16 @@ class _Block:
         self.end = self.at + num_bytes
         self.fetched = self.at
 
-    def take(self, num_bytes: int) -> Claim:
-        """The next `num_bytes`; they must be there."""
-        begin, self.at = self.at, self.at + num_bytes
-        return Claim(self, begin, num_bytes)
-
-    def discard(self, begin: int, end: int) -> None:
-        """Gives the system's pages between them back, those that lie there whole; the memory is zero afterwards."""
-        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED") and begin < end:
-            self.buffer.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A part of a block that belongs to somebody, who need not have PyTorch yet."""
-
-    _block: _Block
-    _begin: int
-    num_bytes: int
-
-    @property
-    def address(self) -> int:
-        return self._block.address + self._begin
-
-    def tensor(self) -> Tensor:
-        """(num_bytes,) uint8."""
+    def take(self, num_bytes: int) -> Tensor:
+        """The next `num_bytes`, as uint8; they must be there."""
         import torch
 
-        return torch.frombuffer(self._block.buffer, dtype=torch.uint8, count=self.num_bytes, offset=self._begin)
-
-    def part(self, begin: int, num_bytes: int) -> Claim:
-        """`num_bytes` of it, from its byte `begin` on."""
-        return Claim(self._block, self._begin + begin, num_bytes)
-
-    def give_back(self) -> None:
-        """Says that nobody needs it."""
-        self._block.discard(self._begin, self._begin + self.num_bytes)
+        begin, self.at = self.at, self.at + num_bytes
+        return torch.frombuffer(self.buffer, dtype=torch.uint8, count=num_bytes, offset=begin)
 
 
 _lock = threading.Lock()
 _slab: _Block | None = None  # the newest
-_reserved: _Block | None = None  # what `reserve` made last
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -114,16 +81,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             if rounded <= SLAB_BYTES // 2:
                 _slab = block
         own = block.take(rounded)
-    return own.tensor()[:num_bytes].view(dtype).view(*shape)
-
-
-def claim(num_bytes: int) -> Claim | None:
-    """The next `num_bytes` of what was reserved; None where nothing was, or not so much is left."""
-    rounded = -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES
-    with _lock:
-        if _slab is None or _slab is not _reserved or rounded > _slab.end - _slab.at:
-            return None
-        return _slab.take(rounded)
+    return own[:num_bytes].view(dtype).view(*shape)
 
 
 def reserve(num_bytes: int) -> threading.Thread:
@@ -131,44 +89,34 @@ def reserve(num_bytes: int) -> threading.Thread:
 
     The block lives as long as any tensor of it: for weights that go together.
     """
-    global _slab, _reserved
+    global _slab
     with _lock:
-        _slab = _reserved = block = _Block(num_bytes)
+        _slab = block = _Block(num_bytes)
     thread = threading.Thread(target=_fetch, args=(block,), name="waypost-pages", daemon=True)
     thread.start()
     return thread
 
 
 def _fetch(block: _Block) -> None:
-    """Has the system give the pages of `block` as long as it is the one that is handed out, whoever writes to them by then."""
+    """Writes zeros where nobody has been, as long as `block` is the one that is handed out."""
     while True:
-        with _lock:
-            begin, end = block.fetched, min(block.fetched + FETCH_BYTES, block.end)
+        with _lock:  # against `empty`, which waits for one fetch at most
+            begin = max(block.at, block.fetched)
+            end = min(begin + FETCH_BYTES, block.end)
             if block is not _slab or begin >= end:
                 return
+            ctypes.memset(block.address + begin, 0, end - begin)
             block.fetched = end
-        if not _populate(block.address + begin, end - begin):
-            with _lock:  # an older system: zeros where nobody has been, and `empty` waits for one fetch at most
-                free = max(begin, min(block.at, end))
-                ctypes.memset(block.address + free, 0, end - free)
-        with _lock:
-            if block is not _slab:  # was given back meanwhile
-                block.discard(max(begin, block.at), end)
         time.sleep(PAUSE_S)
-
-
-def _populate(address: int, num_bytes: int) -> bool:
-    """Whether the system could fetch its pages as if they had been written to; what they hold stays."""
-    function = _madvise()
-    return function is not None and function(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), POPULATE_WRITE) == 0
 
 
 def populate(part: Tensor) -> None:
     """Fetches the system's pages of `part` (contiguous) as if it had been written to; what it holds stays. Nothing happens
     where the system cannot (Linux before 5.14). Other threads run meanwhile."""
     begin = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    if part.numel():
-        _populate(begin, part.data_ptr() + part.nbytes - begin)
+    function = _madvise()
+    if function is not None and part.numel():
+        function(ctypes.c_void_p(begin), ctypes.c_size_t(part.data_ptr() + part.nbytes - begin), POPULATE_WRITE)
 
 
 @functools.cache
@@ -181,8 +129,9 @@ def _madvise() -> Callable[..., int] | None:
 
 def settle() -> None:
     """Gives back what was reserved and not taken."""
-    global _slab, _reserved
+    global _slab
     with _lock:
-        block, _slab, _reserved = _slab, None, None
-        if block is not None:
-            block.discard(block.at, len(block.buffer))
+        block, _slab = _slab, None
+        if block is not None and hasattr(mmap, "MADV_DONTNEED"):
+            begin = -(-block.at // mmap.PAGESIZE) * mmap.PAGESIZE
+            block.buffer.madvise(mmap.MADV_DONTNEED, begin, len(block.buffer) - begin)

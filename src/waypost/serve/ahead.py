@@ -1,5 +1,5 @@
-"""What begins before PyTorch is imported, which takes a second or two: proving a folder, packing its weights, and, once on a
-machine, compiling the kernels.
+"""What begins before PyTorch is imported, which takes a second or two: proving a folder, finding room for its weights, and,
+once on a machine, compiling the kernels.
 
     ahead = Ahead("path/to/folder")     # returns at once
     from waypost import Engine          # imports PyTorch meanwhile
@@ -16,75 +16,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from waypost.core.errors import WaypostError
-from waypost.keep.format import natural
 from waypost.kernels import build, memory
-from waypost.kernels.linear import packing
 
 if TYPE_CHECKING:
     from waypost.keep.reader import Checkpoint
-
-
-_TOGETHER = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""The projections of a layer as serving packs them (model/linear/fused.py), by Hugging Face's names. A model that has others is
-packed when it is loaded."""
 
 
 class Ahead:
     """The checkpoint at `path`: opened, and the digests of its weights proved, on a thread of its own.
 
     `packs` says that the compiled kernels will serve it in bfloat16 if it is stored so: they are compiled where that is still
-    to be done; where it is not, the weights are packed behind the proof, into huge pages which the system fetches meanwhile
-    (kernels/memory.py). The engine gives back what is over.
+    to be done, and the system fetches the huge pages into which the weights will be packed (kernels/memory.py); the engine
+    gives back what is over.
     """
 
     def __init__(self, path: str | Path, *, packs: bool = False) -> None:
+        thread = ThreadPoolExecutor(1, "waypost-ahead")
+        self._checkpoint = thread.submit(_open, path)
+        thread.shutdown(wait=False)
         if packs:
-            _prepare(Path(path))  # first: what it reserves is packed into
-        executor = ThreadPoolExecutor(1, "waypost-ahead")
-        self._checkpoint = executor.submit(_open, path, executor, packs)
+            _prepare(Path(path))
 
     def checkpoint(self) -> Checkpoint:
         """The open checkpoint. CheckpointError where it cannot be opened, or a weight is damaged."""
         return self._checkpoint.result()
 
-    def settle(self) -> None:
-        """Gives back what no engine took; of what was not begun, nothing is done any more."""
-        self._checkpoint.exception()  # waits: what it begins is begun
-        packing.settle()
 
-
-def _open(path: str | Path, executor: ThreadPoolExecutor, packs: bool) -> Checkpoint:
+def _open(path: str | Path) -> Checkpoint:
     from waypost.keep.reader import Checkpoint
 
-    try:
-        checkpoint = Checkpoint(path)
-        checkpoint.verify_weights()
-        if packs and type(checkpoint) is Checkpoint:
-            with contextlib.suppress(WaypostError, OSError):  # only a head start, as _prepare
-                packing.begin(executor, _products(checkpoint), checkpoint)
-        return checkpoint
-    finally:
-        executor.shutdown(wait=False)  # what is asked of it is still done
-
-
-def _products(checkpoint: Checkpoint) -> list[packing.Product]:
-    """The matrices in bfloat16 that are packed together."""
-    specs = {name: checkpoint.specs["weight", name] for name in checkpoint.names}
-    names = {name for name, spec in specs.items() if spec.dtype == "BF16" and len(spec.shape) == 2}
-    layers = sorted({name.split(".")[2] for name in names if name.startswith("model.layers.")}, key=natural)
-    groups = [[f"model.layers.{layer}.{part}.weight" for part in parts] for layer in layers for parts in _TOGETHER]
-    groups.append(["model.embed_tokens.weight" if checkpoint.tied else "lm_head.weight"])
-    return [tuple(_lying(checkpoint, name) for name in group) for group in groups if names.issuperset(group)]
-
-
-def _lying(checkpoint: Checkpoint, name: str) -> packing.Lying:
-    outputs, inputs = checkpoint.specs["weight", name].shape
-    return packing.Lying(checkpoint.address(name), outputs, inputs)
+    checkpoint = Checkpoint(path)
+    checkpoint.verify_weights()
+    return checkpoint
 
 
 def _prepare(path: Path) -> None:

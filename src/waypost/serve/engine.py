@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from waypost.core.errors import ConfigError
+from waypost.kernels import memory
 from waypost.kernels.ops import Kernel, Numerics
 from waypost.model.decoder import Decoder
 from waypost.model.tokenizer import Tokenizer
@@ -91,7 +92,7 @@ class Engine:
                 self.model, self.eos_ids, self._plain_ops = loaded.model, loaded.eos_ids, loaded.plain_ops
                 tokenizer = tokenizer if tokenizer is not None else loaded.tokenizer
         finally:
-            loading.settle(model)  # what was reserved and no weight took goes back before the cache is sized, or for good
+            memory.settle()  # what was reserved and no weight took goes back before the cache is sized, or for good
         config = self.model.config
         self.tokenizer = tokenizer
         self.eos_ids = sorted({*self.eos_ids, *config.eos_token_ids, *(tokenizer.eos_ids if tokenizer is not None else ())})

@@ -18,7 +18,6 @@ from waypost.core.progress import say
 from waypost.keep import image
 from waypost.kernels.call import WIDE
 from waypost.kernels.choose import select
-from waypost.kernels.linear import packing
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.rows import differing_count, trial_input
 from waypost.kernels.ops import Kernel, Numerics, Ops
@@ -81,11 +80,6 @@ def load(
     if tokenizer is not None:
         check_fits(tokenizer, model.config)
     return Loaded(model, tokenizer, generation_eos(folder), plain_ops)
-
-
-def settle(model: object) -> None:
-    """Gives back the memory that was found ahead, for `model` among others, and that nobody took."""
-    (model if isinstance(model, Ahead) else packing).settle()
 
 
 def _check_dtype(model: Decoder, folder: Path) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor
 from waypost.core.errors import ShapeError
 from waypost.kernels import memory
 from waypost.kernels.call import kernels
-from waypost.kernels.linear import naive, packing
-from waypost.kernels.linear.packing import PANEL
+from waypost.kernels.linear import naive
+
+PANEL = 48
+"""Outputs that lie together in the packed layout."""
 
 ROW_TYPES = (torch.bfloat16, torch.float32)
 
@@ -74,12 +76,10 @@ class Packed:
 
 def pack(*weights: Tensor) -> Packed:
     """Weights (N_i, K) bfloat16 of one input, one below the other, in panels: a copy of their size."""
-    inputs, outputs = weights[0].shape[1], sum(map(len, weights))
-    if (early := packing.take(weights)) is not None:
-        return Packed(early, outputs, inputs)
-    if any(len(weight) % PANEL for weight in weights[:-1]):
+    if any(len(weight) % PANEL for weight in weights[:-1]):  # a panel would hold the end of one and the beginning of the next
         weights = (torch.cat(weights),)
-    panels = memory.empty(packing.shape([(len(weight), inputs) for weight in weights]), torch.bfloat16)
+    inputs, outputs = weights[0].shape[1], sum(map(len, weights))
+    panels = memory.empty((-(-outputs // PANEL), -(-inputs // 2), PANEL, 2), torch.bfloat16)
     parts = panels.split([-(-len(weight) // PANEL) for weight in weights])
     for weight, part in zip(map(_whole_pairs, weights), parts, strict=True):
         kernels(weight).pack_panels(weight.data_ptr(), len(weight), part.shape[1], part.data_ptr(), torch.get_num_threads())

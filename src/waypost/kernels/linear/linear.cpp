@@ -11,13 +11,6 @@
 namespace waypost {
 namespace {
 
-// A structure of linear/packing.py.
-struct Job {
-  const Pair *weight;  // (outputs, 2 * pairs) bfloat16
-  long outputs, pairs;
-  Pair *panels;
-};
-
 // One panel of a plain weight (outputs, pairs), outputs past the end as zeros.
 void pack_panel(const Pair *weight, long outputs, long pairs, long panel, Pair *to) {
   for (int first = 0; first < kPanel; first += kLanes) {
@@ -112,13 +105,6 @@ void EXPORT(pack_panels)(const Pair *weight, long outputs, long pairs, Pair *pan
   const long count = (outputs + kPanel - 1) / kPanel;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long p = 0; p < count; ++p) pack_panel(weight, outputs, pairs, p, panels + p * pairs * kPanel);
-}
-
-// pack_panels of one weight after another, on the thread that calls.
-void EXPORT(pack_each)(const Job *jobs, long count) {
-  for (const Job *job = jobs; job < jobs + count; ++job)
-    for (long p = 0; p * kPanel < job->outputs; ++p)
-      pack_panel(job->weight, job->outputs, job->pairs, p, job->panels + p * job->pairs * kPanel);
 }
 
 // As linear, over a plain weight (outputs, 2 * pairs); the same bits.
