@@ -31,6 +31,14 @@ def settle(out: Path, copied: bool) -> None:
     keeper.close()
 
 
+def whole(out: Path, step: int) -> None:
+    """Until every rank has copied the steps before, so that there is room for `step` and it is not left out."""
+    keeper = Keeper(out)
+    while any(s["step"] and s["step"] < step and not s["whole"] for s in keeper.call("status")["slots"]):
+        time.sleep(0.005)
+    keeper.close()
+
+
 def spread(out: Path, step: int) -> None:
     """Until the peers hold the step."""
     keeper = Keeper(out)
@@ -88,6 +96,8 @@ def arrange(moment: str, at: int, out: Path) -> None:
     def beginning(self: Keeper, number: int, facts: Any, **how: bool) -> Any:
         if moment in ("copying", "between", "spread", "machines"):
             settle(home_here(out), copied=False)
+        if moment == "between":
+            whole(out, number)
         if moment == "writing" and number == at + 1:
             die()  # step `at` was due: its write has just begun
         return begin(self, number, facts, **how)
