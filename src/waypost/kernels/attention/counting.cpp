@@ -78,9 +78,9 @@ template <class T> void count(const Counting<T> &call, int sequences, int thread
 using namespace waypost;
 
 extern "C" void EXPORT(count_attention)(const Element *q, long q_stride, const Element *k_pages, long page_stride,
-                                        const Wide<Element> *lse, const int32_t *table, int table_width, const int32_t *starts, const int32_t *context,
-                                        int sequences, int heads, int groups, int width, double scale, int window, Wide<Element> *sums,
-                                        int threads) {
-  count<Element>({q, q_stride, k_pages, page_stride, lse, table, table_width, starts, context, {heads, groups, width}, (Wide<Element>)scale, window,
-                  sums}, sequences, threads);
+                                        const Wide<Element> *lse, const int32_t *table, int table_width, const int32_t *starts,
+                                        const int32_t *context, int sequences, int heads, int groups, int width, double scale,
+                                        int window, Wide<Element> *sums, int threads) {
+  count<Element>({q, q_stride, k_pages, page_stride, lse, table, table_width, starts, context, {heads, groups, width},
+                  (Wide<Element>)scale, window, sums}, sequences, threads);
 }

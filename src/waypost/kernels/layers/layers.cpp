@@ -155,9 +155,9 @@ template <class T> class Pass {
     Upcoming also;
     const auto attention = [&](const Some<T> &some, int i) {
       const Layer &layer = layers[i];
-      return Paged<T>{q_, (long)layer.heads * layer.width, (const T *)k_pages[i], (const T *)v_pages[i], step_.page_stride, some.table, step_.table_width,
-                      some.starts, some.context, some.sequences, {layer.heads, layer.groups, layer.width}, (Wide<T>)layer.scale,
-                      layer.window, mixed_, nullptr};
+      return Paged<T>{q_, (long)layer.heads * layer.width, (const T *)k_pages[i], (const T *)v_pages[i], step_.page_stride,
+                      some.table, step_.table_width, some.starts, some.context, some.sequences,
+                      {layer.heads, layer.groups, layer.width}, (Wide<T>)layer.scale, layer.window, mixed_, nullptr};
     };
     for (int i = 0; i < count; ++i) {
       const int at = order[i];
