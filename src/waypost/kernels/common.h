@@ -339,7 +339,6 @@ inline Vec<double> exp_lanes(Vec<double> x) {
   for (double &value : buffer) value = std::exp(value);
   return load(buffer);
 }
-template <class A> inline A exp_one(A x) { return exp_lanes(splat(x))[0]; }
 
 // A source is compiled once for every element type that it serves: -DWAYPOST_ELEMENT=float, bf16 or double. What it exports has
 // the type in its name, so that one library can hold them all.
