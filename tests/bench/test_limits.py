@@ -14,8 +14,11 @@ from waypost.bench.limits import profile
 from waypost.bench.limits.page import page
 from waypost.bench.limits.profile import Part, Peaks, Profile, Work, measure
 from waypost.core.errors import ConfigError
+from waypost.kernels.linear import compact
+from waypost.kernels.linear.compact import FEW_ROWS
 from waypost.measure import machine
 from waypost.measure.flops import decode_flops, prefill_flops
+from waypost.model.linear.at_once import LayersAtOnce
 from waypost.serve.engine import Engine
 from waypost.serve.request import Delta
 from waypost.testing.tiny import tiny_checkpoint
@@ -44,13 +47,18 @@ def test_a_step_is_its_parts(checkpoint: Path, work: Work, monkeypatch: pytest.M
     asked = work.streams * decode_flops(config, 8 + 16) if work.streams else prefill_flops(config, 40)
     assert sum(part.flops for part in found.parts) == pytest.approx(asked)
     matrices = {name: p.numel() for name, p in engine.model.model.layers.named_parameters() if p.ndim == 2}
-    weights, last = sum(matrices.values()), f"{len(config.layers) - 1}."
+    last = f"{len(config.layers) - 1}."
     rows = {  # nobody reads what the last layer makes of a prompt's other rows
         name: 1 if not work.streams and name.startswith(last) and "k_proj" not in name and "v_proj" not in name else work.rows
         for name in matrices
     }
     products = found.parts[0]
-    assert products.moved_bytes == 2 * weights
+    assert isinstance(engine.model.at_once, LayersAtOnce)
+    assert products.moved_bytes == engine.model.at_once.weight_bytes(work.rows)
+    few = work.rows <= FEW_ROWS and compact.pays()  # in panels of 48 outputs, and 12 bits in groups of 4 pairs of inputs
+    fused = [product.weight for product in engine.model.at_once._table.products]
+    bits = [(12 if few else 16) * -(-p.outputs // 48) * 48 * (-(-p.inputs // 8) * 8 if few else p.inputs) for p in fused]
+    assert products.moved_bytes == sum(bits) / 8
     assert products.flops == pytest.approx(sum(2 * count * rows[name] for name, count in matrices.items()))
     assert found.peaks == Peaks(3e15, 2e9)
     assert all(part.seconds > 0 for part in found.parts[:4])

@@ -5,8 +5,9 @@ Equation  seconds >= max(FLOPs / peak FLOP/s, bytes / memory bytes/s)
 Shapes    S streams with C cached tokens each, or a prompt of T tokens -> tokens/s
 Differs   a decode step reads the weights once for all streams and each stream's keys and values; a prefill reads the weights
           once. Both ceilings are the best that a plain product in bfloat16 and a plain copy reach here, so a kernel that beats
-          these can pass them, weights that stay in the caches are read for less, and a head that gives the likeliest token
-          alone does less than is counted (kernels/greedy).
+          these can pass them, weights that stay in the caches are read for less, and so are those of few rows, which lie in
+          12 bits (kernels/linear/compact.py); a head that gives the likeliest token alone does less than is counted
+          (kernels/greedy).
 """
 
 from __future__ import annotations

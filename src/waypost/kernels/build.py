@@ -54,7 +54,8 @@ def begin(groups: Sequence[str], element: str, after: Sequence[str] = ()) -> Non
     """Compiles on threads of their own what of `groups` is not on this machine yet, and then what of `after`, as long as nobody
     else wants the processor; `library` waits for it and raises what went wrong. Worth beginning before PyTorch is imported: a
     compiler leaves the interpreter's lock alone."""
-    if prebuilt() is not None or compiler() is None:
+    groups, after = ([group for group in which if (group, element) not in _begun] for which in (groups, after))
+    if prebuilt() is not None or compiler() is None or not (groups or after):
         return
     pool = ThreadPoolExecutor(len(groups) + len(after), "waypost-compiling")
     first = [pool.submit(_file, group, element) for group in groups]

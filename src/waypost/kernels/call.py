@@ -46,6 +46,12 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "share_quantized": [_I, _P, _L, _L, _P, _P, _L, _L, _P],
         "pack_quantized": [_I, _P, _L, _L, _L, _L, _P, _I],
     },
+    "compact": {
+        "compact_pays": [],
+        "linear_compact": [_P, _P, _L, _P, _I],
+        "pack_compact": [_P, _L, _L, _P, _P, _P, _L, _I],
+        "share_compact": [_P, _P, _L, _P, _P],
+    },
     "int8": {"linear_int8": [_P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _L, _P, _I]},
     "greedy": {
         "greedy": [_P, _L, _P, _P, _P, _I],
@@ -60,7 +66,10 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
 }
 """What each of compiling.GROUPS exports: names and argument types."""
 
-RETURNS: dict[str, Any] = {"squared_norm": c_double, "greedy": c_long, "greedy_pays": c_int, "run_layers": c_long}
+RETURNS: dict[str, Any] = {
+    "squared_norm": c_double, "greedy": c_long, "greedy_pays": c_int, "run_layers": c_long, "compact_pays": c_int,
+    "pack_compact": c_long,
+}  # fmt: skip
 
 _GROUP_OF = {name: group for group, functions in SIGNATURES.items() for name in functions}
 

@@ -25,6 +25,7 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef int64_t VecL __attribute__((vector_size(kLanes * 8)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t VecW __attribute__((vector_size(kLanes * 4)));
 
 struct bf16 {
   uint16_t bits;
@@ -48,6 +49,8 @@ inline Vec<float> load(const bf16 *p) {
   return (Vec<float>)(__builtin_convertvector(h, VecU) << 16);
 #endif
 }
+
+inline VecW load_wide(const void *p) { VecW v; std::memcpy(&v, p, sizeof v); return v; }  // 32 bfloat16 as they lie
 
 inline void store(float *p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double *p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
@@ -185,8 +188,6 @@ template <int N, class T> inline void zip_many(const T *x, const T *y, Units<T> 
 // The units of two rows of sixteen that lie one behind the other.
 template <class T> inline Units<T> zip_next(const T *x) { return zip(x, x + kLanes); }
 #if defined(__AVX512BW__)  // whole registers in one shuffle
-typedef uint16_t VecW __attribute__((vector_size(kLanes * 4)));
-inline VecW load_wide(const bf16 *p) { VecW v; std::memcpy(&v, p, sizeof v); return v; }
 inline VecU zip_next(const bf16 *x) {
   return (VecU)__builtin_shuffle(load_wide(x), VecW{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});

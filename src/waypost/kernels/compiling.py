@@ -39,6 +39,7 @@ GROUPS: dict[str, tuple[_Unit, ...]] = {
     "logits": ((("cross_entropy/cross_entropy.cpp", "draw/draw.cpp", "largest/largest.cpp"), ELEMENTS),),
     "training": ((("attention/backward.cpp", "squared_norm/squared_norm.cpp"), ELEMENTS),),
     "quantized": ((("linear/quantized.cpp",), ("bf16",)),),
+    "compact": ((("linear/compact.cpp",), ("bf16",)),),
     "int8": ((("linear/int8.cpp",), _ROWS),),
     "greedy": ((("greedy/greedy.cpp",), ("bf16",)),),
     "low_rank": ((("low_rank/low_rank.cpp",), ELEMENTS),),

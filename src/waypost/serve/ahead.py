@@ -59,7 +59,7 @@ def _prepare(path: Path) -> None:
     with contextlib.suppress(WaypostError, OSError, ValueError, OverflowError):
         num_bytes, available = packed_bytes(resolve(path)), available_bytes()
         if num_bytes > 0:
-            build.begin(("pass", "logits"), "bf16", after=("greedy",))
+            build.begin(("pass", "logits"), "bf16", after=("greedy", "compact"))
         if num_bytes > 0 and (available is None or num_bytes <= available):
             memory.reserve(num_bytes)
 

@@ -107,8 +107,10 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
     import torch
 
     from waypost.kernels.layers.weights import KINDS
+    from waypost.kernels.linear.compact import FEW_ROWS
     from waypost.measure.machine import matmul_flops, read_bandwidth
     from waypost.model.linear.at_once import LayersAtOnce
+    from waypost.model.linear.few_rows import AFTER
 
     once = engine.model.at_once
     if not isinstance(once, LayersAtOnce):
@@ -118,9 +120,11 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
     steps: list[list[float]] = []
     draws, flops, read = [], [], []
     try:
-        for turn in range(rounds + 1):  # the first does not count: caches fill, clocks rise
+        # Some do not count: caches fill, clocks rise, and after a while few rows have their weights coded.
+        first = 1 if work.rows > FEW_ROWS else -(-(AFTER + len(engine.model.config.layers)) // STEPS) + 1
+        for turn in range(first + rounds):
             found = _steps(engine, work, seconds, turn)
-            if turn:
+            if turn >= first:
                 steps += found
                 draws.append(_draw_s(engine, work))
                 flops += [matmul_flops(torch.bfloat16), _product_flops()]
@@ -130,7 +134,8 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
     steps.sort()
     quick = steps[: max(3, int(len(steps) * QUICKEST))]
     whole, *kinds = (statistics.fmean(column) for column in zip(*quick, strict=True))
-    parts = _parts(engine.model.config, work, dict(zip(KINDS, kinds, strict=True)), whole, min(draws), once.screened)
+    taken = dict(zip(KINDS, kinds, strict=True))
+    parts = _parts(engine.model.config, work, taken, once.weight_bytes(work.rows), whole, min(draws), once.screened)
     return Profile(work, parts, Peaks(max(flops), max(read)))
 
 
@@ -204,7 +209,7 @@ def _draw_s(engine: Engine, work: Work) -> float:
 
 
 def _parts(
-    config: ModelConfig, work: Work, taken: Mapping[str, float], whole: float, draw_s: float, screened: bool
+    config: ModelConfig, work: Work, taken: Mapping[str, float], weights: float, whole: float, draw_s: float, screened: bool
 ) -> list[Part]:
     from waypost.measure.flops import decode_flops, mean_keys, prefill_flops
     from waypost.model.mixer import Attention
@@ -220,13 +225,12 @@ def _parts(
         keys[-1] = last[-1]  # nobody reads what the last layer makes of the other rows
     attention = sum(f * k for f, k in zip(per_key, keys, strict=True))
     head = 2.0 * config.hidden_size * config.vocab_size
-    row = decode_flops(config, after) - sum(f * k for f, k in zip(per_key, last, strict=True)) - head
     counted = work.streams * decode_flops(config, after) if work.streams else prefill_flops(config, work.prompt_tokens)
     products = counted - attention - work.heads * head
     cached = work.streams * sum(4.0 * m.num_key_value_heads * m.head_dim * k for m, k in zip(mixers, last, strict=True))
     rest = whole - sum(taken.values()) - draw_s
     return [
-        Part("products of the layers, gates", taken["products"], products, row),  # two bytes of a weight for a multiply-add
+        Part("products of the layers, gates", taken["products"], products, weights),
         Part("attention, rotary positions", taken["attention"], attention, cached),
         Part("norms", taken["norms"]),
         Part("the head, in bytes", taken["head"], work.heads * head, head / 2, pace=2.0)

@@ -39,6 +39,7 @@ struct Product {
   long pairs, outputs, group_pairs;
   int bits;  // of a weight: 16 is bfloat16, 8 and 4 have scales and rows in bfloat16
   ShareQuantized *share;  // for 8 and 4
+  const Compact *compact;  // of 16 bits, for few rows; null: none
 };
 struct Layer {
   const void *attention_norm, *ffn_norm, *q_norm, *k_norm;
@@ -166,7 +167,7 @@ template <class T> class Pass {
       clock.took(kNorms);
       also.clear();
       expect(layer.out, asked_ && i + 1 == count ? asked_->some.rows : now.rows, also);
-      multiply(layer.qkv, now.rows, normed_, qkv_, also);
+      multiply(layer.qkv, now.rows, normed_, qkv_, also, &layer.out);
       const long D = layer.width;
       adapt(now, at, 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
       clock.took(kProducts);
@@ -183,7 +184,7 @@ template <class T> class Pass {
       if (!now.rows) return;
       also.clear();
       expect(layer.gate_up, now.rows, also);
-      multiply(layer.out, now.rows, mixed_, part_, also);
+      multiply(layer.out, now.rows, mixed_, part_, also, &layer.gate_up);
       adapt(now, at, 3, {hidden_}, layer.out, mixed_, part_);
       clock.took(kProducts);
       add_and_norm(now, &layer.out, (const T *)layer.ffn_norm, layer.eps);
@@ -194,12 +195,12 @@ template <class T> class Pass {
         const Paged<T> pages = attention(now, order[i + 1]);
         if (pages.single()) add_pages(pages, *items_of(pages.shape.share()), kMostPages, also);
       }
-      multiply_and_gate(now, at, layer.gate_up, also);
+      multiply_and_gate(now, at, layer, also);
       clock.took(kProducts);
       also.clear();
       if (i + 1 < count) expect(layers[order[i + 1]].qkv, now.rows, also);
       else if (ends_ && !ends_->greedy) expect(ends_->head, ends_->answers, also);
-      multiply(layer.down, now.rows, gated_, part_, also);
+      multiply(layer.down, now.rows, gated_, part_, also, i + 1 < count ? &layers[order[i + 1]].qkv : nullptr);
       adapt(now, at, 6, {hidden_}, layer.down, gated_, part_);
       clock.took(kProducts);
       before = &layer.down;
@@ -214,7 +215,7 @@ template <class T> class Pass {
       norm_row(now.h + (wanted ? wanted[i] : i) * hidden_, (const T *)ends_->norm, (int)hidden_, ends_->eps, normed + i * hidden_);
     if (ends_->greedy) return;
     also.clear();
-    multiply(ends_->head, ends_->answers, normed, (T *)ends_->logits, also);
+    multiply(ends_->head, ends_->answers, normed, (T *)ends_->logits, also, nullptr);
     clock.took(kHead);
   }
 
@@ -227,18 +228,21 @@ template <class T> class Pass {
     return nullptr;
   }
 
-  ALONE void multiply(const Product &p, long rows, const T *x, T *out, Upcoming &also) {
-    if constexpr (std::is_same_v<T, bf16>)
+  ALONE void multiply(const Product &p, long rows, const T *x, T *out, Upcoming &also, const Product *then) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (p.compact && rows <= kFewRows) return p.compact->share(p.compact, x, rows, out, then ? then->compact : nullptr);
       if (p.bits < 16) return p.share(p.bits, x, rows, p.pairs, p.panels, p.scales, p.group_pairs, p.outputs, out);
+    }
     share_linear(x, rows, p.pairs, (const Pair *)p.panels, p.outputs, out, also);
   }
 
   // Both products of the feed-forward's first half, and their gate.
-  void multiply_and_gate(const Some<T> &some, int at, const Product &p, Upcoming &also) {
+  void multiply_and_gate(const Some<T> &some, int at, const Layer &layer, Upcoming &also) {
+    const Product &p = layer.gate_up;
     const long width = p.outputs / 2;
     if (p.bits == 16 && !some.which && gates_on_the_way(some.rows, width))
       return share_gated(normed_, some.rows, p.pairs, (const Pair *)p.panels, width, (const T *)p.bias, gated_, also);
-    multiply(p, some.rows, normed_, wide_, also);
+    multiply(p, some.rows, normed_, wide_, also, &layer.down);
     adapt(some, at, 4, {width, width}, p, normed_, wide_);
     gate(some, p);
   }

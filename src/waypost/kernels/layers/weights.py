@@ -14,6 +14,7 @@ from torch import Tensor
 
 from waypost.kernels.call import kernels, page_stride
 from waypost.kernels.greedy.cpu import Screen
+from waypost.kernels.linear.compact import FEW_ROWS, Compact
 from waypost.kernels.linear.cpu import Packed
 from waypost.kernels.linear.quantized import QuantizedPanels
 from waypost.kernels.low_rank.factors import Factors
@@ -31,6 +32,8 @@ class Product:
 
     weight: Packed | QuantizedPanels
     bias: Tensor | None
+    compact: Compact | None = None
+    """The weight a second time, for few rows."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class LayerWeights:
     eps: float
 
 
+PRODUCTS = ("qkv", "out", "gate_up", "down")
+"""The products of a layer, in the order of the kernel."""
+
 SITES = ("q", "k", "v", "out", "gate", "up", "down")
 """The projections of a layer that adapters change, in the order of the kernel."""
 
@@ -80,14 +86,14 @@ class _Product(Structure):
         *((name, c_void_p) for name in ("panels", "scales", "bias")),
         *((name, c_long) for name in ("pairs", "outputs", "group_pairs")),
         ("bits", c_int),
-        ("share", c_void_p),
+        *((name, c_void_p) for name in ("share", "compact")),
     ]
 
 
 class _Layer(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
-        *((name, _Product) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, _Product) for name in PRODUCTS),
         *((name, c_int) for name in ("heads", "groups", "width", "window")),
         *((name, c_double) for name in ("scale", "eps")),
     ]
@@ -129,7 +135,26 @@ class LayerTable:
         self.rows = (_Layer * len(self.weights))(*map(_layer, self.weights))
         self.every = (c_int32 * len(self.weights))(*range(len(self.weights)))
         """All of them, in their order."""
+        self._compact: dict[int, Compact] = {}
         self._places: tuple[Sequence[Tensor], Sequence[Tensor], Any, Any, int] | None = None
+
+    @property
+    def products(self) -> list[Product]:
+        """PRODUCTS of every layer, one layer behind the other."""
+        return [getattr(weights, name) for weights in self.weights for name in PRODUCTS]
+
+    def compact(self, product: int, codes: Compact) -> None:
+        """From now on passes of few rows read `codes` instead of the weight of that one of `products`."""
+        self._compact[product] = codes
+        layer, which = divmod(product, len(PRODUCTS))
+        getattr(self.rows[layer], PRODUCTS[which]).compact = codes.address
+
+    def weight_bytes(self, rows: int) -> int:
+        """Bytes of weights that a pass of so many rows reads in the layers."""
+        few = self._compact if rows <= FEW_ROWS else {}
+        plain = [product.weight for i, product in enumerate(self.products) if i not in few]
+        scales = sum(weight.scales.nbytes for weight in plain if isinstance(weight, QuantizedPanels))
+        return scales + sum(weight.panels.nbytes for weight in plain) + sum(codes.num_bytes for codes in few.values())
 
     def places(self, pages: Pages) -> tuple[Any, Any, int]:
         """Where the keys and the values of each layer lie, and how many elements from a page to the next. A cache keeps its
@@ -158,7 +183,7 @@ class ModelEnds:
 
 def _layer(weights: LayerWeights) -> _Layer:
     norms = (weights.attention_norm, weights.ffn_norm, weights.q_norm, weights.k_norm)
-    products = (weights.qkv, weights.out, weights.gate_up, weights.down)
+    products = (getattr(weights, name) for name in PRODUCTS)
     return _Layer(
         *map(pointer, norms), *map(product_row, products), weights.heads, weights.groups, weights.width, weights.window or 0,
         weights.scale, weights.eps,
@@ -170,7 +195,8 @@ def product_row(product: Product) -> _Product:
     weight, bias = product.weight, pointer(product.bias)
     panels, pairs = weight.panels.data_ptr(), -(-weight.inputs // 2)
     if isinstance(weight, Packed):
-        return _Product(panels, None, bias, pairs, weight.outputs, pairs, 16, None)
+        few = None if product.compact is None else product.compact.address
+        return _Product(panels, None, bias, pairs, weight.outputs, pairs, 16, None, few)
     share = cast(kernels(weight.scales).share_quantized, c_void_p)
     scales, group_pairs = weight.scales.data_ptr(), weight.group_size // 2
     return _Product(panels, scales, bias, pairs, weight.outputs, group_pairs, weight.bits, share)

@@ -45,12 +45,6 @@ void linear_plain(const X *x, long rows, long pairs, const Pair *weight, long ou
 
 }  // namespace
 
-// Rows that other threads have just written, all at once.
-template <class X> void fetch_rows(const X *x, long elements) {
-  if (elements * (long)sizeof(X) > 1 << 17) return;
-  for (long i = 0; i < elements; i += 64 / (long)sizeof(X)) __builtin_prefetch(x + i, 0, 3);
-}
-
 template <class X> void share_linear(const X *x, long rows, long pairs, const Pair *panels, long outputs, X *out, Upcoming &also) {
   const long size = pairs * kPanel;
   fetch_rows(x, rows * pairs * 2);

@@ -19,6 +19,21 @@ bool gates_on_the_way(long rows, long width);
 // Adds to `later` the weights with which this thread would begin share_linear.
 void add_first(long rows, long pairs, const Pair *panels, long outputs, Upcoming &later);
 
+// A weight in bfloat16 a second time, in 12 bits (compact.cpp), for at most kFewRows rows.
+constexpr long kFewRows = 8;
+struct Escape {
+  uint32_t at;  // of the bfloat16 in its panel; the last of a panel's lies behind it
+  uint16_t bits;
+};
+struct Compact {
+  // This thread's share of x (rows, 2 * pairs) -> out (rows, outputs); on the way the memory begins with `then`, which may be null.
+  void (*share)(const Compact *, const bf16 *x, long rows, bf16 *out, const Compact *then);
+  const uint8_t *codes;
+  const uint16_t *tops;   // (panels,): the largest exponent with a code
+  const Escape *escapes;  // (panels, most + 1), in the order of their groups
+  long most, pairs, outputs;
+};
+
 // The same over weights in few bits; quantized.cpp says how they lie.
 typedef void ShareQuantized(int bits, const bf16 *x, long rows, long pairs, const void *panels, const void *scales, long group_pairs,
                             long outputs, bf16 *out);

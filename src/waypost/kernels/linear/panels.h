@@ -143,4 +143,10 @@ template <class F> inline void share_panels(long rows, long outputs, F f) {
 #pragma omp barrier
 }
 
+// Rows that other threads have just written, all at once.
+template <class X> inline void fetch_rows(const X *x, long elements) {
+  if (elements * (long)sizeof(X) > 1 << 17) return;
+  for (long i = 0; i < elements; i += 64 / (long)sizeof(X)) __builtin_prefetch(x + i, 0, 3);
+}
+
 }  // namespace waypost

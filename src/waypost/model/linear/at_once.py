@@ -24,6 +24,7 @@ from waypost.core.progress import say
 from waypost.kernels import build
 from waypost.kernels.greedy.cpu import Screen, fits, pays
 from waypost.kernels.layers.weights import LayerAdapters, LayerTable, LayerWeights, ModelEnds, Product
+from waypost.kernels.linear.compact import Compact
 from waypost.kernels.linear.cpu import Packed
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.quantized import QuantizedPanels
@@ -31,6 +32,7 @@ from waypost.kernels.ops import Pages, RunGreedyOp, RunLayersOp, RunModelOp
 from waypost.kernels.vocabulary import WHOLE
 from waypost.model.decoder import Decoder, Layer
 from waypost.model.linear.dense import Linear
+from waypost.model.linear.few_rows import FewRows
 from waypost.model.linear.fused import FusedAttention, FusedFfn
 from waypost.model.norm.rms import RmsNorm
 from waypost.model.position.rope import angles
@@ -69,6 +71,8 @@ class LayersAtOnce:
         pages = self._pages(rows)
         if pages is None or self._ends is None:
             return None
+        if self._head is not None:
+            self._head.saw(rows.batch.num_tokens if wanted is None else len(wanted))
         return self._run_model(self._table, self._ends, rows.batch.tokens, wanted, pages, *self._where(rows))
 
     def largest(self, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor] | None:  # wanted (n,) -> (n,), (n,)
@@ -86,7 +90,7 @@ class LayersAtOnce:
     def passes(self, rows: Rows, positions: Tensor, context: Tensor, slots: Tensor) -> tuple[Tensor, Tensor] | None:
         """`largest` again and again, each pass over the tokens that the one before has found: (n, S) and (n, S) of n passes
         whose `positions`, `context` and `slots` (n, S) are these. `rows` is the first, a row a sequence, without adapters."""
-        pages = self._pages(rows)
+        pages = self._pages(rows, len(positions))
         if pages is None or self._screened is None:
             return None
         tokens, starts, pages = rows.batch.tokens, rows.batch.starts, replace(pages, slots=slots.contiguous())
@@ -107,13 +111,15 @@ class LayersAtOnce:
             self._refresh()
         return self._ends if self._ends is not None and self._ends.screen is not None and self._ends.screen.helps else None
 
-    def _pages(self, rows: Rows) -> Pages | None:
-        """Where keys and values go, the table of weights brought up to date; None: the pass is not for this."""
+    def _pages(self, rows: Rows, passes: int = 1) -> Pages | None:
+        """Where keys and values go, the table of weights made ready for so many passes; None: they are not for this."""
         pages = rows.kv.pages
         if pages is None or torch.is_grad_enabled() or not rows.batch.num_tokens:
             return None
         if self._versions != list(map(_VERSION, self._parameters)):
             self._refresh()
+        if self._layers is not None:
+            self._layers.saw(rows.batch.num_tokens, passes)
         return pages
 
     def _where(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, LayerAdapters | None]:
@@ -121,6 +127,10 @@ class LayersAtOnce:
         adapters = rows.adapters
         which, adapted = (None, None) if adapters is None else (adapters.which, self._adapted(adapters))
         return rows.batch.starts, rows.batch.context, cos, sin, which, adapted
+
+    def weight_bytes(self, rows: int) -> int:
+        """Bytes of weights that the layers read in a pass of so many rows, as they lie now."""
+        return self._table.weight_bytes(rows)
 
     def time_into(self, seconds: Tensor | None) -> None:
         """From now on each pass adds to `seconds` (len(KINDS),) float64 what its kinds of work took (layers/weights.py)."""
@@ -136,9 +146,16 @@ class LayersAtOnce:
         assert weights is not None, "a model that could run at once can still do so"
         self._table = LayerTable(weights)
         self._table.seconds = self._seconds
+        few = self._model[0].dtype == torch.bfloat16
+        self._layers = FewRows(self._table.products, self._table.compact) if few else None
         self._screen_later = build.pending("greedy", "bf16")
         self._ends = _ends(self._model[0], screen=not self._screen_later)
+        self._head = FewRows([self._ends.head], self._use_head) if few and self._ends is not None else None
         self._versions = list(map(_VERSION, self._parameters))
+
+    def _use_head(self, _: int, codes: Compact) -> None:
+        assert self._ends is not None
+        self._ends = replace(self._ends, head=replace(self._ends.head, compact=codes))
 
 
 def _weights(model: Decoder) -> list[LayerWeights] | None:
