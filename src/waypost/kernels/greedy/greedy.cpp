@@ -37,6 +37,7 @@ constexpr float kNear = 4.0f / 127.0f;      // s of a row whose root mean square
 // Of a row: with more of them all logits are as cheap. Whether it comes to that may depend on threads and their timing, for they
 // raise a row's floor together; what is found never does.
 constexpr size_t kMostCandidates = 1 << 11;
+constexpr long kAhead = 4096;  // bytes of a panel that are asked for before one tile uses them
 constexpr float kInfinite = std::numeric_limits<float>::infinity();
 
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
@@ -132,8 +133,10 @@ ALONE void keep(const Screen &s, const Row &row, const Vec<float> (&near)[kVecto
   if (found.size() > 2 * kMostCandidates) floor.raise(kInfinite), found.clear();
 }
 
-// R rows times one panel. `next` is the panel after it, of which `burst` bytes are asked for with every kBurst quads.
-template <int R> void tile(const Screen &s, const Row *rows, long panel, Floor *floors, Found *found, const char *next, long burst) {
+// R rows times one panel. `next` is the panel after it, of which `burst` bytes are asked for with every kBurst quads; of the panel
+// itself, where no other tile has read it, `stream` bytes of every quad (panels.h).
+template <int R>
+void tile(const Screen &s, const Row *rows, long panel, Floor *floors, Found *found, const char *next, long burst, long stream) {
   const long quads = s.quads();
   const uint8_t *const weights = s.panels + panel * quads * 4 * kPanel, *w = weights;
   VecI acc[R][kVectors] = {};
@@ -142,6 +145,7 @@ template <int R> void tile(const Screen &s, const Row *rows, long panel, Floor *
   for (long k = 0; k < quads;) {
     for (const char *end = next + burst; next < end; next += 64) __builtin_prefetch(next, 0, 2);
     for (const long stop = std::min(k + kBurst, quads); k < stop; ++k, w += 4 * kPanel) {
+      for (long line = 0; line < stream; line += 64) __builtin_prefetch(w + kAhead + line, 0, 0);
       VecU lanes[kVectors];
       for (int v = 0; v < kVectors; ++v) lanes[v] = load_bytes(w + 64 * v);
 #pragma GCC unroll 8
@@ -307,7 +311,7 @@ long EXPORT(greedy)(const bf16 *x, long rows, const Screen *screen, float *peaks
         with_some(rows - t, [&](auto here) {
           constexpr int R = decltype(here)::count;
           tile<R>(s, coded.data() + t, panel, floors.data() + t, mine + t, next + i * (asks ? bytes / share : 0),
-                  asks ? kBurst * 4 * kPanel / share : 0);
+                  asks ? kBurst * 4 * kPanel / share : 0, rows <= kTileRows ? 4 * kPanel : 0);
           t += R;
         });
       }

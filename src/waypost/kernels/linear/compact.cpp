@@ -69,7 +69,7 @@ void few_rows(const bf16 *x, long pairs, const uint8_t *group, uint16_t top, con
   for (long k = 0; k < pairs; k += kGroup, group += kGroupBytes) {
     const long over = group + kAhead - reading.end;
     const uint8_t *const ahead = over < 0 ? group + kAhead : reading.then + over;
-    for (long i = 0; i < kGroupBytes; i += 64) __builtin_prefetch(ahead + i, 0, 3);
+    for (long i = 0; i < kGroupBytes; i += 64) __builtin_prefetch(ahead + i, 0, 0);
     const bf16 *const here_x = x + 2 * k;
     if (__builtin_expect(next->at < (k + kGroup) * 2 * kPanel || k + kGroup > pairs, 0)) {
       Pair written[kGroup * kPanel];

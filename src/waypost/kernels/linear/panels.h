@@ -81,17 +81,19 @@ template <int R, class X> inline void store_tile(X *out, long stride, const Vec<
 
 // R rows times one panel (pairs, 48). `next` is where the first of the weights needed later lie, `burst` bytes of them are asked
 // for with every kBurst pairs, 0: none; and with them some of `also`, which may be null. Asked for pair by pair they would cost
-// the inner loop a twelfth of its speed.
-constexpr long kBurst = 16;
+// the inner loop a twelfth of its speed. That is what a panel costs that nobody asked for before: of each pair `stream` bytes are
+// asked for kStream before they are used, into the first cache alone.
+constexpr long kBurst = 16, kStream = 8192;
 template <int R, class X>
 inline void tile(const X *x, long pairs, const Pair *panel, X *out, long outputs, int here, const char *next, long burst,
-                 Upcoming *also) {
+                 Upcoming *also, long stream) {
   Vec<float> acc[R][kVectors];
   clear(acc);
   for (long k = 0; k < pairs;) {
     for (const char *end = next + burst; next < end; next += 64) __builtin_prefetch(next, 0, 2);
     if (also) also->fetch();
     for (const long stop = std::min(k + kBurst, pairs); k < stop; ++k, panel += kPanel) {
+      for (long line = 0; line < stream; line += 64) __builtin_prefetch((const char *)panel + kStream + line, 0, 0);
       VecU w[kVectors];
       for (int v = 0; v < kVectors; ++v) std::memcpy(&w[v], panel + kLanes * v, sizeof w[v]);
       add_pairs(acc, x + 2 * k, 2 * pairs, w);
@@ -107,11 +109,12 @@ inline void tiles(const X *x, long rows, long pairs, const Pair *panel, X *out, 
                   Upcoming *also = nullptr) {
   const long count = (rows + kTileRows - 1) / kTileRows, share = std::max<long>(1, std::min<long>(count, 4));
   const long own = kPanel * sizeof(Pair) / share, burst = next && count > 1 ? kBurst * own : 0;  // of a pair, of a burst
+  const long stream = count > 1 ? 0 : kPanel * sizeof(Pair);
   for (long i = 0; i < count; ++i)
     with_rows(std::min<long>(kTileRows, rows - i * kTileRows), [&](auto rows_here) {
       const long t = i * kTileRows;
       tile<decltype(rows_here)::count>(x + t * pairs * 2, pairs, panel, out + t * outputs, outputs, here,
-                                       (const char *)next + i * pairs * own, i < share ? burst : 0, count > 1 ? also : nullptr);
+                                       (const char *)next + i * pairs * own, i < share ? burst : 0, count > 1 ? also : nullptr, stream);
     });
 }
 
