@@ -103,7 +103,8 @@ CAVEATS: Mapping[str, str] = {
     "exact.stream": _OUR_FAST_MODE,
     "exact.streams": _OUR_FAST_MODE,
     "exact.step": "in bf16 on a CPU fast runs the operators of exact; train.step has transformers",
-    "serve.stream.vllm": _TOLD_TOGETHER,
+    "serve.stream.vllm": _TOLD_TOGETHER
+    + "; after 64 steps the weights are coded a second time, once, for a tenth of a second and three quarters of their memory",
     "serve.streams16.vllm": _TOLD_TOGETHER,
     "serve.streams32.vllm": _TOLD_TOGETHER,
     "upcycle.sparse": "at equal time, which stands beside it, the dense model is better",

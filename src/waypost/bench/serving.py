@@ -101,6 +101,10 @@ class Work:
         return "tokens/s" if self.steps == 0 else "new tokens/s"
 
 
+WARM_ROUNDS = 2
+"""That do not count: caches fill, clocks rise, and who decodes few rows codes the weights (model/linear/few_rows.py)."""
+
+
 @dataclass(frozen=True)
 class Duel:
     """A claim about serving against one rival."""
@@ -135,12 +139,12 @@ class Duel:
             ours = Generating(stack.enter_context(Worker(WORKERS / "serve_waypost.py", args, options.threads)))
             asked = token_rows(model, ASKED_PROMPTS, ASKED_TOKENS)
             same = min(self._agree(ours, each, asked) for each in theirs.values())
-            bar = stack.enter_context(progress(self.claim, options.repeats + 1, "rounds"))
+            bar = stack.enter_context(progress(self.claim, options.repeats + WARM_ROUNDS, "rounds"))
             sides: dict[str, Side] = {"waypost": ours, **theirs}
             rates: dict[str, list[float]] = {name: [] for name in sides}
-            for turn in range(options.repeats + 1):
+            for turn in range(options.repeats + WARM_ROUNDS):
                 found = {name: work.rate(each, prompts) for name, each in sides.items()}
-                if turn:  # the first round does not count: caches fill, clocks rise
+                if turn >= WARM_ROUNDS:
                     for name, rate in found.items():
                         rates[name].append(rate)
                 bar.advance(note=", ".join(f"{name} {rate:.0f}" for name, rate in found.items()) + f" {work.unit}")
