@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from waypost import load
 from waypost.bench import CLAIMS, roofline, run
 from waypost.bench.figure import Figure, Panel
+from waypost.bench.peaks import Peaks
 from waypost.bench.receipt import Options, Receipt, append, latest, series
 from waypost.bench.table import claims_table, comparison, markdown, promised, receipt_table, roofline_shares
 from waypost.core.config import technique
 from waypost.core.errors import ConfigError
 from waypost.measure.flops import decode_flops, prefill_flops
-from waypost.measure.machine import Machine
 from waypost.model.hf import config_from_hf
 from waypost.testing.tiny import tiny_checkpoint
 
-MACHINE = Machine("it", 2, "0", flops_float32=1.0, flops_bfloat16=4e9, memory_bytes=1e6)
+MACHINE = Peaks(flops=4e9, read_bytes=1e6)
 RECEIPT = Receipt(
     claim="a.claim",
     statement="one against two",
@@ -131,7 +133,7 @@ def test_a_reader_sees_ceiling_versions_and_misses(tmp_path: Path) -> None:
 def test_the_ceiling_is_the_best_that_any_row_measured(tmp_path: Path) -> None:
     facts = {"cpu": "it", "threads": 2, "cores": 4, "torch": "2"}
     top = roofline.roofline(10, 8e9, 5e6, MACHINE)  # 2 tokens/s by memory, 5 by arithmetic
-    quick = roofline.roofline(10, 8e9, 5e6, replace(MACHINE, memory_bytes=1e7))  # a quieter minute: 5 by arithmetic
+    quick = roofline.roofline(10, 8e9, 5e6, replace(MACHINE, read_bytes=1e7))  # a quieter minute: 5 by arithmetic
     slow = replace(RECEIPT, ours=series("it", "tokens/s", [1.0]), baseline=series("x", "tokens/s", [1.0]), machine=facts)
     for name, ceiling, machine in (("a", top, facts), ("b", quick, facts), ("c", top, {**facts, "cpu": "other"})):
         append(tmp_path, replace(slow, claim=name, roofline=ceiling, machine=machine))
@@ -188,13 +190,19 @@ def test_the_lower_ceiling_binds() -> None:
 
 
 def test_ceilings_count_weights_cache_and_the_head_once(tmp_path: Path) -> None:
-    model = str(tiny_checkpoint(tmp_path / "tiny"))
+    model = str(tiny_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16))
     config = config_from_hf(json.loads((tmp_path / "tiny" / "config.json").read_text()))
-    one, four = (roofline.decode(model, streams, 10, MACHINE) for streams in (1, 4))
+    one, four, nine = (roofline.decode(model, streams, 10, MACHINE) for streams in (1, 4, 9))
     cached = sum(2 * 2 * layer.mixer.num_key_value_heads * layer.mixer.head_dim for layer in config.layers)
     assert four.moved_bytes - one.moved_bytes == 3 * 10 * cached
     assert four.flops == 4 * one.flops == 4 * decode_flops(config, 10)
-    assert one.moved_bytes - 10 * cached == roofline.weight_bytes(model)
+    numbers = {name: p.numel() for name, p in load(model).named_parameters()}
+    matrices = sum(n for name, n in numbers.items() if name.endswith("_proj.weight"))
+    head, norms = numbers["model.embed_tokens.weight"], sum(n for name, n in numbers.items() if "norm" in name)
+    assert sum(numbers.values()) == matrices + head + norms
+    assert nine.moved_bytes - 90 * cached == 2 * matrices + head + 2 * norms, "of the head, which is the embedding, a byte each"
+    assert one.moved_bytes - 10 * cached == 1.5 * matrices + head + 2 * norms
+    assert roofline.weight_bytes(model) == 2 * sum(numbers.values())
     prompt = roofline.prefill(model, 8, MACHINE)
     assert prompt.flops == prefill_flops(config, 8)
     assert prompt.moved_bytes == roofline.weight_bytes(model)

@@ -6,17 +6,19 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from waypost.bench import peaks
 from waypost.bench.limits import profile
 from waypost.bench.limits.page import page
-from waypost.bench.limits.profile import Part, Peaks, Profile, Work, measure
+from waypost.bench.limits.profile import Part, Profile, Work, measure
+from waypost.bench.peaks import Peaks
 from waypost.core.errors import ConfigError
 from waypost.kernels.linear import compact
 from waypost.kernels.linear.compact import FEW_ROWS
-from waypost.measure import machine
 from waypost.measure.flops import decode_flops, prefill_flops
 from waypost.model.linear.at_once import LayersAtOnce
 from waypost.serve.engine import Engine
@@ -35,9 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("work", [Work("a prompt", (), 40), Work("two streams", (), 8, 2)])
 def test_a_step_is_its_parts(checkpoint: Path, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "matmul_flops", lambda dtype: 3e15)
-    monkeypatch.setattr(machine, "read_bandwidth", lambda: 2e9)
-    monkeypatch.setattr(profile, "_product_read_bytes", lambda: 1e9)
+    monkeypatch.setattr(peaks, "measure", lambda: Peaks(3e15, 2e9))
     engine = Engine(str(checkpoint), threads=2, num_pages=64, prefix_cache=False)
     plain = engine.model.ops
     found = measure(engine, work, rounds=1)
@@ -65,9 +65,7 @@ def test_a_step_is_its_parts(checkpoint: Path, work: Work, monkeypatch: pytest.M
 
 
 def test_only_steps_of_all_streams_count(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "matmul_flops", lambda dtype: 3e15)
-    monkeypatch.setattr(machine, "read_bandwidth", lambda: 2e9)
-    monkeypatch.setattr(profile, "_product_read_bytes", lambda: 1e9)
+    monkeypatch.setattr(peaks, "measure", lambda: Peaks(3e15, 2e9))
     engine = Engine(str(checkpoint), threads=2, num_pages=64, prefix_cache=False, max_batch_tokens=12)
     drew: list[int] = []
     now, step = 0.0, engine.step
@@ -100,12 +98,17 @@ def test_the_page_says_what_a_promise_would_need() -> None:
     assert told.least_s == pytest.approx(0.010 + 0.005), "products by operations, attention by bytes"
     in_bytes = Part("head", 0.001, flops=1e7, moved_bytes=100.0, pace=2.0)
     assert in_bytes.least_s(PEAKS) == pytest.approx(parts[0].least_s(PEAKS) / 2)
-    receipts = {
+    receipts: dict[str, dict[str, Any]] = {
         name: {"baseline": {"median": median}, "floor": 2.0, "ratio": 1.5, "when": "then", "commit": f"of-{name}",
                "roofline": {"peak_flops": peak}, "machine": {**FACTS, "cpu": cpu}}
         for name, median, peak, cpu in (("near", 400.0, 1e9, "it"), ("edge", 560.0, 1.25e9, "it"), ("far", 800.0, 9e9, "other"))
     }  # fmt: skip
+    receipts["near"]["extra"] = {"allowed_ratio": 1.9, "allowed_ratio_least": 1.7, "allowed_ratio_most": 2.1}
     text = page([told], receipts, FACTS)
+    assert (
+        "commit of-near). At the peaks measured between its rounds, bytes and operations alone would have allowed 1.90 " in text
+    )
+    assert text.count("between its rounds") == 1
     assert "## 16 streams: 40.00 ms, 400 tokens/s" in text
     assert "| products | 20.00 | 50% | 0.01 G | 0 GFLOP/s | 0 MB | 0.0 GB/s | 10.00 |" in text
     assert "| rest | 10.00 | 25% |  |  |  |  |  |" in text

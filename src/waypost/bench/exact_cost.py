@@ -10,11 +10,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
+from waypost.bench import peaks
 from waypost.bench.operators import ratios
 from waypost.bench.receipt import Options, Receipt, series
 from waypost.bench.roofline import config_of
 from waypost.bench.serve_batch import score_gap
-from waypost.bench.serving import WORKERS, Generating, Work
+from waypost.bench.serving import WARM_ROUNDS, WORKERS, Generating, Work
 from waypost.bench.train_step import token_rows
 from waypost.bench.worker import Worker
 from waypost.core.config import technique
@@ -87,6 +88,8 @@ class ExactStep:
 
 
 def _serving(claim: str, what: str, work: Work, floor: float, options: Options) -> Receipt:
+    import torch
+
     model = _model(claim, options)
     prompts = token_rows(model, work.streams, work.prompt_tokens)
     with ExitStack() as stack:
@@ -95,19 +98,20 @@ def _serving(claim: str, what: str, work: Work, floor: float, options: Options) 
             for name in ("exact", "fast")
         )
         gap = score_gap(exact, fast, prompts[0], SCORED_TOKENS)
-        bar = stack.enter_context(progress(claim, options.repeats + 1, "rounds"))
+        bar = stack.enter_context(progress(claim, options.repeats + WARM_ROUNDS, "rounds"))
         rates: list[tuple[float, ...]] = []
-        for _ in range(options.repeats + 1):  # the first round does not count
+        for _ in range(options.repeats + WARM_ROUNDS):
             rates.append(tuple(work.rate(Generating(side), prompts) for side in (exact, fast)))
             bar.advance(note=f"{rates[-1][0]:.0f} and {rates[-1][1]:.0f} {work.unit}")
-    ceiling = work.ceiling(model, options.threads)  # sets the number of threads, for the operators too
+    torch.set_num_threads(options.threads)  # for the peaks, and the operators too
+    ceiling = work.ceiling(model, peaks.measure())
     if work.steps:
         shape = work.streams, work.streams, work.prompt_tokens + work.steps // 2
     else:
         shape = work.prompt_tokens, 1, 0
     beside = {f"{name}_speedup": ratio for name, ratio in ratios(config_of(model), *shape, options.repeats).items()}
     agreement = f"mean difference of log p over {SCORED_TOKENS} greedy tokens {gap:.4f} nats (bf16)"
-    receipt = _receipt(claim, what, work.unit, rates[1:], floor, agreement)
+    receipt = _receipt(claim, what, work.unit, rates[WARM_ROUNDS:], floor, agreement)
     lowest = {"lowest_operator_speedup": min(beside.values())}
     return replace(receipt, roofline=ceiling, extra=lowest | beside, least=dict.fromkeys(lowest, floor))
 

@@ -4,10 +4,9 @@ Source    Williams et al. 2009, Roofline: An Insightful Visual Performance Model
 Equation  seconds >= max(FLOPs / peak FLOP/s, bytes / memory bytes/s)
 Shapes    S streams with C cached tokens each, or a prompt of T tokens -> tokens/s
 Differs   a decode step reads the weights once for all streams and each stream's keys and values; a prefill reads the weights
-          once. Both ceilings are the best that a plain product in bfloat16 and a plain copy reach here, so a kernel that beats
-          these can pass them, weights that stay in the caches are read for less, and so are those of few rows, which lie in
-          12 bits (kernels/linear/compact.py); a head that gives the likeliest token alone does less than is counted
-          (kernels/greedy).
+          once. Bytes are those that lie there: 12 bits of a weight for few rows (kernels/linear/compact.py), 8 of a head that
+          gives the likeliest token alone (kernels/greedy), whose operations are counted as if it gave all logits. Both ceilings
+          are the best that products and reads reach here (peaks.py); weights that stay in the caches are read for less.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from waypost.measure.machine import Machine
+    from waypost.bench.peaks import Peaks
     from waypost.model.config import ModelConfig
 
 
@@ -39,22 +38,22 @@ class Roofline:
     """Measured bytes/s of the memory."""
 
 
-def roofline(tokens: int, flops: float, moved_bytes: float, machine: Machine) -> Roofline:
+def roofline(tokens: int, flops: float, moved_bytes: float, at: Peaks) -> Roofline:
     """The ceiling of work that gives `tokens` tokens."""
-    computing, moving = flops / machine.flops_bfloat16, moved_bytes / machine.memory_bytes
+    computing, moving = flops / at.flops, moved_bytes / at.read_bytes
     bound = "memory" if moving > computing else "arithmetic"
     rate = tokens / max(computing, moving)
-    return Roofline(rate, bound, flops, moved_bytes, machine.flops_bfloat16, machine.memory_bytes)
+    return Roofline(rate, bound, flops, moved_bytes, at.flops, at.read_bytes)
 
 
-def prefill(model: str, tokens: int, machine: Machine) -> Roofline:
+def prefill(model: str, tokens: int, at: Peaks) -> Roofline:
     """Of a prompt of `tokens` tokens, to the logits that follow it."""
     from waypost.measure.flops import prefill_flops
 
-    return roofline(tokens, prefill_flops(config_of(model), tokens), weight_bytes(model), machine)
+    return roofline(tokens, prefill_flops(config_of(model), tokens), weight_bytes(model), at)
 
 
-def decode(model: str, streams: int, context_tokens: int, machine: Machine) -> Roofline:
+def decode(model: str, streams: int, context_tokens: int, at: Peaks) -> Roofline:
     """Of a step of `streams` streams of `context_tokens` cached tokens each."""
     from waypost.measure.flops import decode_flops
     from waypost.model.mixer import Attention
@@ -66,8 +65,8 @@ def decode(model: str, streams: int, context_tokens: int, machine: Machine) -> R
         for m in mixers
         if isinstance(m, Attention)
     )
-    moved = weight_bytes(model) + float(streams * cached)
-    return roofline(streams, streams * decode_flops(config, context_tokens), moved, machine)
+    moved = step_bytes(model, streams) + float(streams * cached)
+    return roofline(streams, streams * decode_flops(config, context_tokens), moved, at)
 
 
 def weight_bytes(model: str) -> float:
@@ -77,6 +76,23 @@ def weight_bytes(model: str) -> float:
     found = Checkpoint(Path(model))
     left_out = () if found.tied else ("model.embed_tokens.weight",)
     return float(sum(found.tensor(name).nbytes for name in found.names if name not in left_out))
+
+
+def step_bytes(model: str, rows: int) -> float:
+    """Bytes of the weights that a step reads whose rows, so many, ask for the likeliest token: as they lie for it."""
+    from waypost.keep.reader import Checkpoint
+    from waypost.kernels.linear.compact import BYTES_PER_WEIGHT, FEW_ROWS
+
+    found, embedding = Checkpoint(Path(model)), "model.embed_tokens.weight"
+    moved = 0.0
+    for name in found.names:
+        tensor = found.tensor(name)
+        plain = tensor.ndim == 2 and tensor.dtype.itemsize == 2 and "_scale" not in name
+        if name == embedding:
+            moved += tensor.numel() if found.tied else 0.0
+        else:
+            moved += BYTES_PER_WEIGHT * tensor.numel() if plain and rows <= FEW_ROWS else tensor.nbytes
+    return moved
 
 
 def config_of(model: str) -> ModelConfig:

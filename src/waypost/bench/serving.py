@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
-from waypost.bench import rivals, roofline
+from waypost.bench import peaks, rivals, roofline
 from waypost.bench.llama import LlamaCpp, gguf_files
+from waypost.bench.peaks import Peaks
 from waypost.bench.receipt import Options, Receipt, series
 from waypost.bench.train_step import token_rows
 from waypost.bench.worker import Worker
@@ -85,16 +86,11 @@ class Work:
             return self.prompt_tokens / side.prefill_s(prompts[0])
         return self.streams * self.steps / side.decode_s(prompts, self.steps)
 
-    def ceiling(self, model: str, threads: int) -> roofline.Roofline:
-        """What this machine would allow for it on so many threads."""
-        import torch
-
-        from waypost.measure.machine import machine
-
-        torch.set_num_threads(threads)
+    def ceiling(self, model: str, at: Peaks) -> roofline.Roofline:
+        """What a machine with these peaks would allow for it."""
         if self.steps == 0:
-            return roofline.prefill(model, self.prompt_tokens, machine())
-        return roofline.decode(model, self.streams, self.prompt_tokens + self.steps // 2, machine())
+            return roofline.prefill(model, self.prompt_tokens, at)
+        return roofline.decode(model, self.streams, self.prompt_tokens + self.steps // 2, at)
 
     @property
     def unit(self) -> str:
@@ -131,7 +127,7 @@ class Duel:
         where = rivals.environment(options.rivals, self.rival)
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            mine, extra = model, {}
+            mine, extra = model, dict[str, float]()
             if self.int4:
                 mine, extra["int4_perplexity_ratio"] = int4_folder(model, scratch / "int4")
             theirs = stack.enter_context(rival_sides(where, model, scratch, options.threads))
@@ -142,14 +138,19 @@ class Duel:
             bar = stack.enter_context(progress(self.claim, options.repeats + WARM_ROUNDS, "rounds"))
             sides: dict[str, Side] = {"waypost": ours, **theirs}
             rates: dict[str, list[float]] = {name: [] for name in sides}
+            found_peaks: list[Peaks] = []
             for turn in range(options.repeats + WARM_ROUNDS):
                 found = {name: work.rate(each, prompts) for name, each in sides.items()}
                 if turn >= WARM_ROUNDS:
+                    found_peaks.append(peaks.measure(repeats=1))
                     for name, rate in found.items():
                         rates[name].append(rate)
                 bar.advance(note=", ".join(f"{name} {rate:.0f}" for name, rate in found.items()) + f" {work.unit}")
-            ceiling = work.ceiling(mine, options.threads)
+            ceiling = work.ceiling(mine, Peaks.best(found_peaks))
+            tops = [work.ceiling(mine, each).rate for each in found_peaks]
         against, *others = theirs
+        allowed = [top / rate for top, rate in zip(tops, rates[against], strict=True)]
+        extra |= {"allowed_ratio": median(allowed), "allowed_ratio_least": min(allowed), "allowed_ratio_most": max(allowed)}
         beside = {
             name: (median(rates[name]), median(a / b for a, b in zip(rates["waypost"], rates[name], strict=True)))
             for name in others

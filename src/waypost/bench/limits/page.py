@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from waypost.bench.limits.profile import QUICKEST, Peaks, Profile
+from waypost.bench.limits.profile import QUICKEST, Profile
+from waypost.bench.peaks import Peaks
 
 
 def page(profiles: Sequence[Profile], receipts: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
@@ -79,7 +80,8 @@ def verdict(profile: Profile, best: Peaks, name: str, receipt: Mapping[str, Any]
     needed, least, surely = profile.work.answers / (floor * theirs), profile.least_s, profile.least_at(best)
     text = (
         f"`{name}` promises {floor:g} times {theirs:,.0f} tokens/s, which is a step of {1e3 * needed:.2f} ms; measured was "
-        f"{receipt['ratio']:.2f} (receipt of {receipt['when']}, commit {receipt['commit']}). The operations and bytes alone "
+        f"{receipt['ratio']:.2f} (receipt of {receipt['when']}, commit {receipt['commit']}). {_in_its_rounds(receipt)}"
+        "The operations and bytes alone "
         f"take {1e3 * least:.2f} ms at these peaks, "
     )
     if needed >= least:
@@ -95,3 +97,14 @@ def verdict(profile: Profile, best: Peaks, name: str, receipt: Mapping[str, Any]
     if needed >= surely:
         return text + "so it is at the limit, within the spread of the measured peaks."
     return text + "so it is out of reach in bfloat16 on this machine."
+
+
+def _in_its_rounds(receipt: Mapping[str, Any]) -> str:
+    """What the peaks that were measured between the receipt's rounds would have allowed, where they were."""
+    extra = receipt.get("extra", {})
+    if "allowed_ratio" not in extra:
+        return ""
+    return (
+        f"At the peaks measured between its rounds, bytes and operations alone would have allowed {extra['allowed_ratio']:.2f} "
+        f"times ({extra['allowed_ratio_least']:.2f} to {extra['allowed_ratio_most']:.2f}). "
+    )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from waypost.bench import peaks
+from waypost.bench.peaks import Peaks
 from waypost.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from waypost.kernels.linear.cpu import Packed
     from waypost.model.config import ModelConfig
     from waypost.serve.engine import Engine
 
@@ -66,19 +66,9 @@ class Part:
     pace: float = 1.0
     """How many of its operations take the time of one in bfloat16."""
 
-    def least_s(self, peaks: Peaks) -> float:
+    def least_s(self, at: Peaks) -> float:
         """Seconds that the machine needs for it at least."""
-        return max(self.flops / (self.pace * peaks.flops), self.moved_bytes / peaks.read_bytes)
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """What the machine gave beside the step, a second."""
-
-    flops: float
-    """Of a product in bfloat16: PyTorch's or our own, whichever was faster."""
-    read_bytes: float
-    """Read from memory, by PyTorch or by our own product of one row, whichever was faster."""
+        return max(self.flops / (self.pace * at.flops), self.moved_bytes / at.read_bytes)
 
 
 @dataclass(frozen=True)
@@ -97,9 +87,9 @@ class Profile:
     def least_s(self) -> float:
         return self.least_at(self.peaks)
 
-    def least_at(self, peaks: Peaks) -> float:
+    def least_at(self, at: Peaks) -> float:
         """Seconds that its operations and bytes take at other peaks."""
-        return sum(part.least_s(peaks) for part in self.parts)
+        return sum(part.least_s(at) for part in self.parts)
 
 
 def measure(engine: Engine, work: Work, rounds: int) -> Profile:
@@ -108,7 +98,6 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
 
     from waypost.kernels.layers.weights import KINDS
     from waypost.kernels.linear.compact import FEW_ROWS
-    from waypost.measure.machine import matmul_flops, read_bandwidth
     from waypost.model.linear.at_once import LayersAtOnce
     from waypost.model.linear.few_rows import AFTER
 
@@ -118,7 +107,7 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
     seconds = torch.zeros(len(KINDS), dtype=torch.float64)
     once.time_into(seconds)
     steps: list[list[float]] = []
-    draws, flops, read = [], [], []
+    draws, found_peaks = [], []
     try:
         # Some do not count: caches fill, clocks rise, and after a while few rows have their weights coded.
         first = 1 if work.rows > FEW_ROWS else -(-(AFTER + len(engine.model.config.layers)) // STEPS) + 1
@@ -127,8 +116,7 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
             if turn >= first:
                 steps += found
                 draws.append(_draw_s(engine, work))
-                flops += [matmul_flops(torch.bfloat16), _product_flops()]
-                read += [read_bandwidth(), _product_read_bytes()]
+                found_peaks.append(peaks.measure())
     finally:
         once.time_into(None)
     steps.sort()
@@ -136,7 +124,7 @@ def measure(engine: Engine, work: Work, rounds: int) -> Profile:
     whole, *kinds = (statistics.fmean(column) for column in zip(*quick, strict=True))
     taken = dict(zip(KINDS, kinds, strict=True))
     parts = _parts(engine.model.config, work, taken, once.weight_bytes(work.rows), whole, min(draws), once.screened)
-    return Profile(work, parts, Peaks(max(flops), max(read)))
+    return Profile(work, parts, Peaks.best(found_peaks))
 
 
 def _steps(engine: Engine, work: Work, seconds: Tensor, turn: int) -> list[list[float]]:
@@ -159,39 +147,6 @@ def _steps(engine: Engine, work: Work, seconds: Tensor, turn: int) -> list[list[
             found.append(taken)
         before = drew
     return found
-
-
-def _product_flops() -> float:
-    """Operations a second of our own product where it has least to wait for: 256 rows, weights that stay in the cache."""
-    import torch
-
-    from waypost.kernels.linear.cpu import pack
-    from waypost.measure.machine import best_seconds
-
-    inputs, outputs, rows = 1536, 192, 256
-    x, packed = torch.ones(rows, inputs, dtype=torch.bfloat16), pack(torch.ones(outputs, inputs, dtype=torch.bfloat16))
-    return 2.0 * rows * inputs * outputs / best_seconds(lambda: packed(x), repeats=20)
-
-
-def _product_read_bytes() -> float:
-    """Bytes a second that our own product of one row reads of weights that no cache holds."""
-    import torch
-
-    from waypost.measure.machine import best_seconds
-
-    packed = _large()
-    x = torch.ones(1, packed.inputs, dtype=torch.bfloat16)
-    return packed.panels.nbytes / best_seconds(lambda: packed(x))
-
-
-@functools.cache
-def _large() -> Packed:
-    """268 MB of weights."""
-    import torch
-
-    from waypost.kernels.linear.cpu import pack
-
-    return pack(torch.ones(48 * 1365, 2048, dtype=torch.bfloat16))
 
 
 def _draw_s(engine: Engine, work: Work) -> float:
