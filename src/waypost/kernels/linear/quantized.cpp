@@ -15,6 +15,7 @@ namespace waypost {
 namespace {
 
 constexpr int kHalves = 2 * kVectors;  // of a panel
+constexpr long kAhead = 4096;  // bytes of a panel that are asked for before they are widened
 
 template <int Bits> struct Code {
   static constexpr int pairs = 32 / Bits;  // in a block
@@ -77,6 +78,7 @@ inline void for_pairs(const uint8_t *blocks, const bf16 *scales, long pairs, lon
       f(k, w);
     };
     for (long k = at; k < at + group_pairs; k += many, blocks += Code<Bits>::bytes) {
+      for (long line = 0; line < Code<Bits>::bytes; line += 64) __builtin_prefetch(blocks + kAhead + line, 0, 0);
       VecU block[kHalves];
       std::memcpy(block, blocks, sizeof block);
       if (k + many <= at + group_pairs) {
