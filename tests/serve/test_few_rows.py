@@ -184,3 +184,40 @@ def test_float32_arithmetic_reads_no_codes() -> None:
         with torch.inference_mode():
             assert at_once(model)(h, range(2), rows_of(model, [(5, 1)])[0]) is not None
     assert not coded(model)
+
+
+def test_codes_for_which_there_is_no_memory_are_done_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(product: object) -> None:
+        raise RuntimeError("no memory")
+
+    model = served("gqa")
+    monkeypatch.setattr(few_rows, "coded", full)
+    for rows in (1, 2, 1):
+        assert torch.equal(logits(model, rows), one_by_one(model, rows))
+    assert not coded(model)
+    assert capsys.readouterr().err.count("no more weights are coded") == 2, "of the layers, and of the head"
+
+
+def test_passes_in_which_nobody_asks_do_not_count_for_the_head() -> None:
+    model = served("gqa")
+    for _ in range(4):
+        with torch.inference_mode():
+            at_once(model).logits(rows_of(model, [(5, 20)])[0], torch.tensor([], dtype=torch.int64))
+    ends = at_once(model)._ends
+    assert ends is not None
+    assert ends.head.compact is None
+    assert not coded(model)
+
+
+def test_a_greedy_pass_without_a_screen_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "AFTER", 1 << 30)
+    model = served("gqa")
+    once = at_once(model)
+    monkeypatch.setattr(LayersAtOnce, "_screened", None)
+    rows = rows_of(model, [(5, 1)])[0]
+    with torch.inference_mode():
+        assert once.largest(rows) is None
+        assert once.logits(rows) is not None
+    assert once._layers._passes == 1

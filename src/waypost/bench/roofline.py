@@ -81,17 +81,19 @@ def weight_bytes(model: str) -> float:
 def step_bytes(model: str, rows: int) -> float:
     """Bytes of the weights that a step reads whose rows, so many, ask for the likeliest token: as they lie for it."""
     from waypost.keep.reader import Checkpoint
-    from waypost.kernels.linear.compact import BYTES_PER_WEIGHT, FEW_ROWS
+    from waypost.kernels.linear.compact import BYTES_PER_WEIGHT, FEW_ROWS, pays
 
     found, embedding = Checkpoint(Path(model)), "model.embed_tokens.weight"
-    moved = 0.0
+    moved, few = 0.0, rows <= FEW_ROWS and pays()
     for name in found.names:
+        if name == "lm_head.weight" and found.tied:
+            continue
         tensor = found.tensor(name)
         plain = tensor.ndim == 2 and tensor.dtype.itemsize == 2 and "_scale" not in name
         if name == embedding:
-            moved += tensor.numel() if found.tied else 0.0
+            moved += (tensor.numel() if plain else tensor.nbytes) if found.tied else 0.0
         else:
-            moved += BYTES_PER_WEIGHT * tensor.numel() if plain and rows <= FEW_ROWS else tensor.nbytes
+            moved += BYTES_PER_WEIGHT * tensor.numel() if plain and few else tensor.nbytes
     return moved
 
 

@@ -180,10 +180,12 @@ void EXPORT(share_compact)(const Compact *weight, const bf16 *x, long rows, bf16
   Reading reading{w.codes + Share(rows, w.outputs).end * bytes, nullptr};
   reading.then = then ? then->codes + Share(rows, then->outputs).begin * bytes_of(*then) : reading.end;
   share_panels(rows, w.outputs, [&](long panel, int here, long, long) {
-    with_rows(rows, [&](auto these) {
-      few_rows<decltype(these)::count>(x, w.pairs, w.codes + panel * bytes, w.tops[panel], w.escapes + panel * (w.most + 1),
-                                       out + panel * kPanel, w.outputs, here, reading);
-    });
+    for (long t = 0; t < rows; t += kTileRows)  // once, where a tile takes eight
+      with_rows(std::min<long>(kTileRows, rows - t), [&](auto these) {
+        few_rows<decltype(these)::count>(x + t * 2 * w.pairs, w.pairs, w.codes + panel * bytes, w.tops[panel],
+                                         w.escapes + panel * (w.most + 1), out + t * w.outputs + panel * kPanel, w.outputs, here,
+                                         reading);
+      });
   });
 }
 

@@ -71,8 +71,8 @@ class LayersAtOnce:
         pages = self._pages(rows)
         if pages is None or self._ends is None:
             return None
-        if self._head is not None:
-            self._head.saw(rows.batch.num_tokens if wanted is None else len(wanted))
+        self._layers.saw(rows.batch.num_tokens)
+        self._head.saw(rows.batch.num_tokens if wanted is None else len(wanted))
         return self._run_model(self._table, self._ends, rows.batch.tokens, wanted, pages, *self._where(rows))
 
     def largest(self, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor] | None:  # wanted (n,) -> (n,), (n,)
@@ -84,15 +84,17 @@ class LayersAtOnce:
             if self._ends is not None and self._ends.screen is not None:
                 self._ends.screen.left_out()
             return None
+        self._layers.saw(rows.batch.num_tokens)
         found = self._run_greedy(self._table, self._screened, rows.batch.tokens, wanted, pages, *self._where(rows))
         return found[0][0], found[1][0]
 
     def passes(self, rows: Rows, positions: Tensor, context: Tensor, slots: Tensor) -> tuple[Tensor, Tensor] | None:
         """`largest` again and again, each pass over the tokens that the one before has found: (n, S) and (n, S) of n passes
         whose `positions`, `context` and `slots` (n, S) are these. `rows` is the first, a row a sequence, without adapters."""
-        pages = self._pages(rows, len(positions))
+        pages = self._pages(rows)
         if pages is None or self._screened is None:
             return None
+        self._layers.saw(rows.batch.num_tokens, len(positions))
         tokens, starts, pages = rows.batch.tokens, rows.batch.starts, replace(pages, slots=slots.contiguous())
         cos, sin = angles(self._model[0].config.rope, self._table.weights[0].width, positions.flatten())
         return self._run_greedy(
@@ -111,15 +113,13 @@ class LayersAtOnce:
             self._refresh()
         return self._ends if self._ends is not None and self._ends.screen is not None and self._ends.screen.helps else None
 
-    def _pages(self, rows: Rows, passes: int = 1) -> Pages | None:
-        """Where keys and values go, the table of weights made ready for so many passes; None: they are not for this."""
+    def _pages(self, rows: Rows) -> Pages | None:
+        """Where keys and values go, the table of weights brought up to date; None: the pass is not for this."""
         pages = rows.kv.pages
         if pages is None or torch.is_grad_enabled() or not rows.batch.num_tokens:
             return None
         if self._versions != list(map(_VERSION, self._parameters)):
             self._refresh()
-        if self._layers is not None:
-            self._layers.saw(rows.batch.num_tokens, passes)
         return pages
 
     def _where(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, LayerAdapters | None]:
@@ -147,10 +147,10 @@ class LayersAtOnce:
         self._table = LayerTable(weights)
         self._table.seconds = self._seconds
         few = self._model[0].dtype == torch.bfloat16
-        self._layers = FewRows(self._table.products, self._table.compact) if few else None
+        self._layers = FewRows(self._table.products if few else [], self._table.compact)
         self._screen_later = build.pending("greedy", "bf16")
         self._ends = _ends(self._model[0], screen=not self._screen_later)
-        self._head = FewRows([self._ends.head], self._use_head) if few and self._ends is not None else None
+        self._head = FewRows([self._ends.head] if few and self._ends is not None else [], self._use_head)
         self._versions = list(map(_VERSION, self._parameters))
 
     def _use_head(self, _: int, codes: Compact) -> None:

@@ -33,12 +33,15 @@ class FewRows:
     def __init__(self, products: Sequence[Product], use: Callable[[int, Compact], None]) -> None:
         self._products, self._use = products, use
         self._passes, self._next = 0, 0
-        build.begin((), "bf16", after=("compact",))
+        if any(isinstance(p.weight, Packed) and fits(p.weight) for p in products):
+            build.begin((), "bf16", after=("compact",))
+        else:
+            self._next = len(products)
 
     def saw(self, rows: int, passes: int = 1) -> None:
         """So many passes of `rows` are about to run."""
         end = len(self._products)
-        if rows > FEW_ROWS or self._next == end:
+        if not 0 < rows <= FEW_ROWS or self._next == end:
             return
         self._passes += passes
         if self._passes < AFTER or build.pending("compact", "bf16"):
@@ -47,7 +50,12 @@ class FewRows:
             self._next = end
         for i in range(self._next, min(self._next + passes * AT_ONCE, end)):
             self._next = i + 1
-            codes = coded(self._products[i])
+            try:
+                codes = coded(self._products[i])
+            except (RuntimeError, MemoryError) as error:  # a pass can do without them
+                say(f"no more weights are coded for few rows: {error}")
+                self._next = end
+                return
             if codes is not None:
                 self._use(i, codes)
 
