@@ -104,6 +104,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         path.touch()
 
     monkeypatch.setattr(build, "_build", make)
+    monkeypatch.setattr(build, "_begun", {})  # what engines of other tests began, and never waited for
     monkeypatch.setattr(build, "_cache_dir", lambda: tmp_path)
     monkeypatch.setattr(build, "_key", lambda: "it")
     monkeypatch.setattr(build, "prebuilt", lambda: None)
