@@ -28,9 +28,7 @@ def pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows, "pays", lambda: True)
     monkeypatch.setattr(few_rows, "AFTER", 0)
     build.library("compact", "bf16")
-    monkeypatch.setattr(
-        build, "pending", lambda group, element: False
-    )  # a thread that finds it there may be late on a busy machine
+    monkeypatch.setattr(build, "pending", lambda group, element: False)  # its thread may be late
 
 
 def at_once(model: Decoder) -> LayersAtOnce:
