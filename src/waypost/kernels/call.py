@@ -43,14 +43,14 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
     },
     "quantized": {
         "linear_quantized": [_I, _P, _L, _L, _P, _P, _L, _L, _P, _I],
-        "share_quantized": [_I, _P, _L, _L, _P, _P, _L, _L, _P],
+        "share_quantized": [_P, _I, _P, _L, _L, _P, _P, _L, _L, _P],
         "pack_quantized": [_I, _P, _L, _L, _L, _L, _P, _I],
     },
     "compact": {
         "compact_pays": [],
         "linear_compact": [_P, _P, _L, _P, _I],
         "pack_compact": [_P, _L, _L, _P, _P, _P, _L, _I],
-        "share_compact": [_P, _P, _L, _P, _P],
+        "share_compact": [_P, _P, _P, _L, _P, _P],
     },
     "int8": {"linear_int8": [_P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _L, _P, _I]},
     "greedy": {

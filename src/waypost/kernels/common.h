@@ -213,6 +213,15 @@ inline void store_factors(bf16 *p, Vec<float> v) {
   store(p, v);
 #endif
 }
+template <class T> inline void store_factors(T *p, Vec<Wide<T>> low, Vec<Wide<T>> high) {  // two vectors, one behind the other
+  store_factors(p, low), store_factors(p + kLanes, high);
+}
+#if defined(__AVX512BF16__)
+inline void store_factors(bf16 *p, Vec<float> low, Vec<float> high) {
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  std::memcpy(p, &both, sizeof both);
+}
+#endif
 template <class T> inline Units<T> zip_factors(Vec<Wide<T>> x, Vec<Wide<T>> y) {  // units of x and, in a pair, y
   if constexpr (kUnit<T> == 1) {
     return x;

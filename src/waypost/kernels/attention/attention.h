@@ -142,6 +142,17 @@ template <class T> void zip_rows(const T *rows, long stride, int count, int widt
     for (int d = 0; d < size; d += P) {
       const T *x = rows + j * stride + d, *y = x + stride;
       const bool last = j + 1 >= count;
+      if (!last && stride == P && size == P && width == P) {
+        store(out, zip_next(x));
+        continue;
+      }
+      if (!last && d + 4 * P <= width) {
+        Units<T> four[4];
+        zip_many(x, y, four);
+        for (int i = 0; i < 4; ++i) store(out + d + i * P, four[i]);
+        d += 3 * P;
+        continue;
+      }
       if (d + P > width || (kUnit<T> == 2 && last)) {
         const int n = std::max(0, std::min(P, width - d));
         std::memset((void *)part, 0, sizeof part);
@@ -155,17 +166,17 @@ template <class T> void zip_rows(const T *rows, long stride, int count, int widt
 
 // add_rows for queries [low, high), R a row, the first row at position `first`, over B pages of keys from `key`: four at a
 // time over the keys that all four see, in whole units, and one at a time over the others; every query takes its keys in the
-// same order and the same units. acc (queries, padded), shrink (queries,), p (queries, 16 B), rows in units of keys.
+// same order and the same units. acc (queries, padded), shrink (queries,), p (high - low, 16 B), rows in units of keys.
 template <int B, class T>
 void add_all(Wide<T> *acc, const Wide<T> *shrink, const T *p, const Unit<T> *rows, int padded, int low, int high, int R, int first,
              int key, int window) {
   constexpr int U = kUnit<T>;
   const Wide<T> ones[4] = {1, 1, 1, 1};
   const auto add_one = [&](int x, const Wide<T> *by, int from, int to) {
-    if (from < to) add_rows<1, T>(acc + (size_t)x * padded, by, p + (size_t)x * B * P, rows, padded, B * P, from, to);
+    if (from < to) add_rows<1, T>(acc + (size_t)x * padded, by, p + (size_t)(x - low) * B * P, rows, padded, B * P, from, to);
   };
   const auto add_four = [&](int x, const Wide<T> *by, int from, int to) {
-    add_rows<4, T>(acc + (size_t)x * padded, by, p + (size_t)x * B * P, rows, padded, B * P, from, to);
+    add_rows<4, T>(acc + (size_t)x * padded, by, p + (size_t)(x - low) * B * P, rows, padded, B * P, from, to);
   };
   for (int x = low; x < high; x += 4) {
     const Visible<B> seen(first + x / R, key, window), last(first + (x + 3) / R, key, window);
@@ -183,7 +194,7 @@ void add_all(Wide<T> *acc, const Wide<T> *shrink, const T *p, const Unit<T> *row
     } else {
       for (int i = x; i < std::min(x + 4, high); ++i) {
         const Visible<B> own(first + i / R, key, window);
-        add_rows<1, T>(acc + (size_t)i * padded, shrink + i, p + (size_t)i * B * P, rows, padded, B * P, own.low, own.high);
+        add_rows<1, T>(acc + (size_t)i * padded, shrink + i, p + (size_t)(i - low) * B * P, rows, padded, B * P, own.low, own.high);
       }
     }
   }

@@ -109,7 +109,7 @@ template <class T> struct Backward {
         weigh<N>(&score[(size_t)x * N], &dp[(size_t)x * N], Visible<N>(first + x / R, key, window), scalar_at(s, g, x0 + x));
         for (int b = 0; b < N; ++b) store_factors(&ds[(size_t)x * K + b * P], dp[(size_t)x * N + b]);
       }
-      add_all<N, T>(acc.data(), ones.data(), ds.data(), rows_at(s, g, key), padded, low, high, R, first, key, window);
+      add_all<N, T>(acc.data(), ones.data(), &ds[(size_t)low * K], rows_at(s, g, key), padded, low, high, R, first, key, window);
     }
     store_queries(acc.data(), item.begin, n, g);
   }
@@ -156,7 +156,7 @@ template <class T> struct Backward {
     A ones[Q];
     std::fill(ones, ones + Q, A(1));
     for (int i = 0; i < n * M; ++i) store_factors(rounded + i * P, ds[i]);
-    add_all<M, T>(acc + (x - ahead) * padded, ones - ahead, rounded - ahead * M * P, rows_at(sequence, g, key), padded, ahead,
+    add_all<M, T>(acc + (x - ahead) * padded, ones - ahead, rounded, rows_at(sequence, g, key), padded, ahead,
                   ahead + n, R, context[sequence] + (int)(x / R), key, window);
   }
 

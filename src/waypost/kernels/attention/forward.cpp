@@ -24,13 +24,16 @@ template <int M, class A, class F> inline void highest(Vec<A> *s, A scale, F see
   fold_four<A>(high, [](Vec<A> x, Vec<A> y) { return x > y ? x : y; }, highest_of);
   for (int i = 0; i < M; ++i) here[i] = std::max(top[i], highest_of[i]);
 }
-template <int M, class T> inline void weigh(Vec<Wide<T>> *s, const Wide<T> *top, const Wide<T> *shrink, Wide<T> *sum, T *weights) {
+template <int M, class T>
+inline void weigh(const Vec<Wide<T>> *s, const Wide<T> *top, const Wide<T> *shrink, Wide<T> *sum, T *weights) {
   typedef Wide<T> A;
   Vec<A> total[4] = {};
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i, s += N, weights += K) {
-    for (int b = 0; b < N; ++b) s[b] = exp_lanes(s[b] - top[i]), store_factors(weights + b * P, s[b]);
-    total[i] = (s[0] + s[1]) + (s[2] + s[3]);
+    Vec<A> w[N];
+    for (int b = 0; b < N; ++b) w[b] = exp_lanes(s[b] - top[i]);
+    for (int b = 0; b < N; b += 2) store_factors(weights + b * P, w[b], w[b + 1]);
+    total[i] = (w[0] + w[1]) + (w[2] + w[3]);
   }
   A totals[4];
   fold_four<A>(total, [](Vec<A> x, Vec<A> y) { return x + y; }, totals);
@@ -51,7 +54,8 @@ template <class T> class Walker {
   std::vector<Vec<A>> scores_;
 
  public:
-  void share(const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
+  // Not to be copied for the one walker that there is of a thread: each access would ask anew where that thread has it.
+  __attribute__((noipa)) void share(const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
     const int G = call.shape.groups;
     const long total = (long)items.size() * G, rows = call.starts[call.sequences];
     if (call.single()) return share_single(call, items, before);
@@ -101,8 +105,8 @@ template <class T> class Walker {
     top_.assign(n * R + P, -std::numeric_limits<A>::infinity());
     here_.assign(n * R + P, -std::numeric_limits<A>::infinity());
     shrink_.resize(n * R + P);
-    scores_.resize((size_t)n * R * N);
-    weights_.resize((size_t)n * R * K);
+    scores_.resize(std::max(R, kSome) * N);
+    weights_.resize(std::max(R, kSome) * K);
   }
 
   void store_rows(const Paged<T> &call, const Item &item, int g, int padded) {
@@ -120,7 +124,9 @@ template <class T> class Walker {
     for (; from < to; ++from) f(from, std::integral_constant<int, 1>());
   }
 
-  // A block of rows: the pages are put into units once for all of its queries.
+  // A block of rows: the pages are put into units once for all of its queries, of which so many go from the scores to the sums at
+  // once: what they need of both stays in the first cache.
+  static constexpr int kSome = P;
   void block(const Paged<T> &call, const Item &item, int g) {
     const int R = call.shape.share(), D = call.shape.width, padded = call.shape.padded(), window = call.window;
     const int n = item.end - item.begin, first = call.position(item), units = (D + kUnit<T> - 1) / kUnit<T>;
@@ -136,17 +142,20 @@ template <class T> class Walker {
       const int low = std::max(0, key - first);  // rows before this one end before the block
       const int high = window > 0 ? std::min(n, key + K - 1 + window - first) : n;
       if (low >= high) continue;
-      all_dots<N, T>((high - low) * R, &at_[low * R], columns_.data(), units, &scores_[(size_t)low * R * N]);
-      by_four(low * R, high * R, [&](int x, auto count) {
-        const auto seen = [&](int i) { return Visible<N>(first + (x + i) / R, key, window); };
-        highest<count.value>(&scores_[(size_t)x * N], call.scale, seen, &top_[x], &here_[x]);
-      });
-      for (int x = low * R; x < high * R; x += P) store(&shrink_[x], exp_lanes(load(&top_[x]) - load(&here_[x])));
-      by_four(low * R, high * R, [&](int x, auto count) {
-        weigh<count.value, T>(&scores_[(size_t)x * N], &here_[x], &shrink_[x], &sum_[x], &weights_[(size_t)x * K]);
-      });
-      std::copy(&here_[low * R], &here_[high * R], &top_[low * R]);
-      add_all<N, T>(acc_.data(), shrink_.data(), weights_.data(), rows_.data(), padded, low * R, high * R, R, first, key, window);
+      for (int from = low * R; from < high * R; from += kSome) {
+        const int to = std::min(high * R, from + kSome);
+        all_dots<N, T>(to - from, &at_[from], columns_.data(), units, scores_.data());
+        by_four(from, to, [&](int x, auto count) {
+          const auto seen = [&](int i) { return Visible<N>(first + (x + i) / R, key, window); };
+          highest<count.value>(&scores_[(x - from) * N], call.scale, seen, &top_[x], &here_[x]);
+        });
+        for (int x = from; x < to; x += P) store(&shrink_[x], exp_lanes(load(&top_[x]) - load(&here_[x])));
+        by_four(from, to, [&](int x, auto count) {
+          weigh<count.value, T>(&scores_[(x - from) * N], &here_[x], &shrink_[x], &sum_[x], &weights_[(x - from) * K]);
+        });
+        std::copy(&here_[from], &here_[to], &top_[from]);
+        add_all<N, T>(acc_.data(), shrink_.data(), weights_.data(), rows_.data(), padded, from, to, R, first, key, window);
+      }
     }
     store_rows(call, item, g, padded);
   }
@@ -208,7 +217,7 @@ template <class T> class Walker {
 };
 
 template <class T> void forward(const Paged<T> &call, int threads) {
-  const std::vector<Item> items = call.items();
+  const std::vector<Item> items = call.items(threads);
   const bool shared = items.size() * call.shape.groups > 1;
 #pragma omp parallel num_threads(threads) if (shared)
   share_attention(call, items, nullptr);

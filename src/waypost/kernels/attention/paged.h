@@ -25,7 +25,7 @@ struct Item {
   int sequence, begin, end;  // rows of the batch
 };
 
-// Blocks of rows, long sequences cut so that every thread finds work and a page is reused by about 64 queries.
+// Blocks of rows of each sequence.
 inline std::vector<Item> cut(const int32_t *starts, int sequences, int rows_per_item) {
   std::vector<Item> items;
   for (int s = 0; s < sequences; ++s)
@@ -33,7 +33,12 @@ inline std::vector<Item> cut(const int32_t *starts, int sequences, int rows_per_
       items.push_back({s, row, std::min(row + rows_per_item, starts[s + 1])});
   return items;
 }
-inline int rows_per_item(int share) { return share >= 16 ? 4 : 60 / share / 4 * 4; }
+// As many rows as let about 250 queries share what a page is put into, where `rows` are enough for eight blocks a thread; else fewer,
+// but 60 queries.
+inline int rows_per_item(const Shape &shape, long rows, int threads) {
+  const auto of = [&](int queries) { return std::max(4, queries / shape.share() / 4 * 4); };
+  return (int)std::min<long>(of(252), std::max<long>(of(60), rows * shape.groups / (8 * threads) / 4 * 4));
+}
 
 // One call: q (T, H, D) with a row stride, pages that begin `page_stride` elements after each other, out (T, H, D), lse (T, H) or null.
 template <class T> struct Paged {
@@ -52,7 +57,7 @@ template <class T> struct Paged {
   Wide<T> *lse;
 
   bool single() const { return starts[sequences] == sequences && shape.width % P == 0; }  // one row a sequence
-  std::vector<Item> items() const { return cut(starts, sequences, rows_per_item(shape.share())); }
+  std::vector<Item> items(int threads) const { return cut(starts, sequences, rows_per_item(shape, starts[sequences], threads)); }
   int position(const Item &item) const { return context[item.sequence] + item.begin - starts[item.sequence]; }
   int first_key(int position) const { return window > 0 ? std::max(0, position - window + 1) / K * K : 0; }
   // Where the page of `key` has what belongs to head g: of both, elements from the beginning.

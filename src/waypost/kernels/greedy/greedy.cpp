@@ -196,6 +196,7 @@ void decide(const Screen &s, const bf16 *x, const Row &row, float floor, const s
     for (const Candidate &c : *each) places.push_back(c.place);
   }
   if (places.size() > kMostCandidates) return;
+  std::sort(places.begin(), places.end());  // threads took panels as they came
   for (int32_t at : places)  // all at once: the memory is slow to begin
     for (long k = 0; k < s.pairs; k += kLanes) __builtin_prefetch(s.weight + at * s.pairs + k, 0, 3);
   for (size_t first = 0; first < places.size(); first += kLanes) {
@@ -228,7 +229,7 @@ void decide(const Screen &s, const bf16 *x, const Row &row, float floor, const s
         place = -1;
         return;
       }
-      if (logit > peak) peak = logit, place = places[first + n];  // they are in order, so the first of equals stays
+      if (logit > peak) peak = logit, place = places[first + n];  // the first of equals stays
     }
   }
 }
@@ -298,16 +299,18 @@ long EXPORT(greedy)(const bf16 *x, long rows, const Screen *screen, float *peaks
   std::vector<Row> coded(rows);
   std::vector<Found> found(threads * rows);
   std::vector<Floor> floors(rows);
+  Turns turns(threads);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (long t = 0; t < rows; ++t) coded[t].code(x + t * 2 * s.pairs, 2 * s.pairs);
     Found *const mine = found.data() + omp_get_thread_num() * rows;
-    const long bytes = s.quads() * 4 * kPanel, last = (s.outputs + kPanel - 1) / kPanel - 1, share = std::min<long>(rows / kTileRows, 4);
-    share_panels(1, s.outputs, [&](long panel, int, long, long) {
+    const long bytes = s.quads() * 4 * kPanel, share = std::min<long>(rows / kTileRows, 4);
+    Turn turn(turns);
+    share_panels(turn, 1, s.outputs, [&](long panel, int, long, long, long stop) {
       const char *const next = (const char *)s.panels + (panel + 1) * bytes;
       for (long t = 0, i = 0; t < rows; ++i) {
-        const bool asks = i < share && rows > kTileRows && panel < last;  // of a panel that one tile uses nothing is worth asking for
+        const bool asks = i < share && rows > kTileRows && panel + 1 < stop;  // of a panel that one tile uses nothing is worth asking for
         with_some(rows - t, [&](auto here) {
           constexpr int R = decltype(here)::count;
           tile<R>(s, coded.data() + t, panel, floors.data() + t, mine + t, next + i * (asks ? bytes / share : 0),

@@ -118,7 +118,7 @@ template <class T> class Pass {
   std::vector<std::pair<int, std::vector<Item>>> items_;  // by queries that share a key/value head
 
  public:
-  Pass(const Layer *layers, int count, const Step &step, const Ends *ends, T *h, long rows, long hidden)
+  Pass(const Layer *layers, int count, const Step &step, const Ends *ends, T *h, long rows, long hidden, int threads)
       : step_(step), ends_(ends), all_{h, rows, step.which, step.table, step.starts, step.context, step.sequences}, hidden_(hidden) {
     if (ends && ends->answers < rows)
       asked_ = std::make_unique<Asked<T>>(all_, step.table_width, hidden, ends->wanted, ends->answers);
@@ -127,8 +127,9 @@ template <class T> class Pass {
       heads = std::max(heads, (long)layers[i].heads * layers[i].width);
       qkv = std::max(qkv, layers[i].qkv.outputs);
       wide = std::max(wide, layers[i].gate_up.outputs), widest_ = std::max(widest_, layers[i].width);
-      const int share = layers[i].heads / layers[i].groups;
-      if (!items_of(share)) items_.push_back({share, cut(all_.starts, all_.sequences, rows_per_item(share))});
+      const Shape shape{layers[i].heads, layers[i].groups, layers[i].width};
+      if (!items_of(shape.share()))
+        items_.push_back({shape.share(), cut(all_.starts, all_.sequences, rows_per_item(shape, rows, threads))});
     }
     const long widths[] = {hidden, qkv, heads, heads, wide, wide / 2, hidden};
     T **const parts[] = {&normed_, &qkv_, &q_, &mixed_, &wide_, &gated_, &part_};
@@ -142,7 +143,7 @@ template <class T> class Pass {
   Pass(const Pass &) = delete;
 
   // By every thread of a parallel region.
-  void run(const Layer *layers, const int32_t *order, int count, void *const *k_pages, void *const *v_pages) {
+  void run(Turn turn, const Layer *layers, const int32_t *order, int count, void *const *k_pages, void *const *v_pages) {
     Clock clock(step_.seconds);
     Some<T> now = all_;
     if (ends_) {
@@ -167,7 +168,7 @@ template <class T> class Pass {
       clock.took(kNorms);
       also.clear();
       expect(layer.out, asked_ && i + 1 == count ? asked_->some.rows : now.rows, also);
-      multiply(layer.qkv, now.rows, normed_, qkv_, also, &layer.out);
+      multiply(turn, layer.qkv, now.rows, normed_, qkv_, also, &layer.out);
       const long D = layer.width;
       adapt(now, at, 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
       clock.took(kProducts);
@@ -175,7 +176,7 @@ template <class T> class Pass {
       if (asked_ && i + 1 == count) {
         now = leave(place);
         const Paged<T> call = attention(now, at);
-        if (now.rows) share_attention<T>(call, call.items(), nullptr);
+        if (now.rows) share_attention<T>(call, call.items(omp_get_num_threads()), nullptr);
       } else {
         const Paged<T> call = attention(now, at);
         share_attention<T>(call, *items_of(call.shape.share()), &before_heads);
@@ -184,7 +185,7 @@ template <class T> class Pass {
       if (!now.rows) return;
       also.clear();
       expect(layer.gate_up, now.rows, also);
-      multiply(layer.out, now.rows, mixed_, part_, also, &layer.gate_up);
+      multiply(turn, layer.out, now.rows, mixed_, part_, also, &layer.gate_up);
       adapt(now, at, 3, {hidden_}, layer.out, mixed_, part_);
       clock.took(kProducts);
       add_and_norm(now, &layer.out, (const T *)layer.ffn_norm, layer.eps);
@@ -195,12 +196,12 @@ template <class T> class Pass {
         const Paged<T> pages = attention(now, order[i + 1]);
         if (pages.single()) add_pages(pages, *items_of(pages.shape.share()), kMostPages, also);
       }
-      multiply_and_gate(now, at, layer, also);
+      multiply_and_gate(turn, now, at, layer, also);
       clock.took(kProducts);
       also.clear();
       if (i + 1 < count) expect(layers[order[i + 1]].qkv, now.rows, also);
       else if (ends_ && !ends_->greedy) expect(ends_->head, ends_->answers, also);
-      multiply(layer.down, now.rows, gated_, part_, also, i + 1 < count ? &layers[order[i + 1]].qkv : nullptr);
+      multiply(turn, layer.down, now.rows, gated_, part_, also, i + 1 < count ? &layers[order[i + 1]].qkv : nullptr);
       adapt(now, at, 6, {hidden_}, layer.down, gated_, part_);
       clock.took(kProducts);
       before = &layer.down;
@@ -215,7 +216,7 @@ template <class T> class Pass {
       norm_row(now.h + (wanted ? wanted[i] : i) * hidden_, (const T *)ends_->norm, (int)hidden_, ends_->eps, normed + i * hidden_);
     if (ends_->greedy) return;
     also.clear();
-    multiply(ends_->head, ends_->answers, normed, (T *)ends_->logits, also, nullptr);
+    multiply(turn, ends_->head, ends_->answers, normed, (T *)ends_->logits, also, nullptr);
     clock.took(kHead);
   }
 
@@ -228,21 +229,21 @@ template <class T> class Pass {
     return nullptr;
   }
 
-  ALONE void multiply(const Product &p, long rows, const T *x, T *out, Upcoming &also, const Product *then) {
+  ALONE void multiply(Turn &turn, const Product &p, long rows, const T *x, T *out, Upcoming &also, const Product *then) {
     if constexpr (std::is_same_v<T, bf16>) {
-      if (p.compact && rows <= kFewRows) return p.compact->share(p.compact, x, rows, out, then ? then->compact : nullptr);
-      if (p.bits < 16) return p.share(p.bits, x, rows, p.pairs, p.panels, p.scales, p.group_pairs, p.outputs, out);
+      if (p.compact && rows <= kFewRows) return p.compact->share(turn, p.compact, x, rows, out, then ? then->compact : nullptr);
+      if (p.bits < 16) return p.share(turn, p.bits, x, rows, p.pairs, p.panels, p.scales, p.group_pairs, p.outputs, out);
     }
-    share_linear(x, rows, p.pairs, (const Pair *)p.panels, p.outputs, out, also);
+    share_linear(turn, x, rows, p.pairs, (const Pair *)p.panels, p.outputs, out, also);
   }
 
   // Both products of the feed-forward's first half, and their gate.
-  void multiply_and_gate(const Some<T> &some, int at, const Layer &layer, Upcoming &also) {
+  void multiply_and_gate(Turn &turn, const Some<T> &some, int at, const Layer &layer, Upcoming &also) {
     const Product &p = layer.gate_up;
     const long width = p.outputs / 2;
     if (p.bits == 16 && !some.which && gates_on_the_way(some.rows, width))
-      return share_gated(normed_, some.rows, p.pairs, (const Pair *)p.panels, width, (const T *)p.bias, gated_, also);
-    multiply(p, some.rows, normed_, wide_, also, &layer.down);
+      return share_gated(turn, normed_, some.rows, p.pairs, (const Pair *)p.panels, width, (const T *)p.bias, gated_, also);
+    multiply(turn, p, some.rows, normed_, wide_, also, &layer.down);
     adapt(some, at, 4, {width, width}, p, normed_, wide_);
     gate(some, p);
   }
@@ -360,9 +361,10 @@ using namespace waypost;
 extern "C" long EXPORT(run_layers)(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
                                    void *const *v_pages, const Step *step, const Ends *ends, Element *h, long rows, long hidden,
                                    int threads) {
-  Pass<Element> pass(layers, layer_count, *step, ends, h, rows, hidden);
+  Pass<Element> pass(layers, layer_count, *step, ends, h, rows, hidden, threads);
+  Turns turns(threads);
 #pragma omp parallel num_threads(threads)
-  pass.run(layers, order, count, k_pages, v_pages);
+  pass.run(Turn(turns), layers, order, count, k_pages, v_pages);
   if (!ends || !ends->greedy) return 0;
   Clock clock(step->seconds);
   const long unknown =

@@ -173,13 +173,13 @@ long EXPORT(pack_compact)(const Pair *panels, long count, long pairs, uint8_t *c
 
 // This thread's share of x (rows, 2 * pairs) -> out (rows, outputs), rows <= kFewRows, inside a parallel region; the threads meet at
 // the end.
-void EXPORT(share_compact)(const Compact *weight, const bf16 *x, long rows, bf16 *out, const Compact *then) {
+void EXPORT(share_compact)(Turn &turn, const Compact *weight, const bf16 *x, long rows, bf16 *out, const Compact *then) {
   const Compact &w = *weight;
   const long bytes = bytes_of(w);
   fetch_rows(x, rows * w.pairs * 2);
-  Reading reading{w.codes + Share(rows, w.outputs).end * bytes, nullptr};
-  reading.then = then ? then->codes + Share(rows, then->outputs).begin * bytes_of(*then) : reading.end;
-  share_panels(rows, w.outputs, [&](long panel, int here, long, long) {
+  share_panels(turn, rows, w.outputs, [&](long panel, int here, long, long, long stop) {
+    Reading reading{w.codes + stop * bytes, nullptr};
+    reading.then = then ? then->codes + Share(rows, then->outputs).begin * bytes_of(*then) : reading.end;
     for (long t = 0; t < rows; t += kTileRows)  // once, where a tile takes eight
       with_rows(std::min<long>(kTileRows, rows - t), [&](auto these) {
         few_rows<decltype(these)::count>(x + t * 2 * w.pairs, w.pairs, w.codes + panel * bytes, w.tops[panel],
@@ -191,7 +191,11 @@ void EXPORT(share_compact)(const Compact *weight, const bf16 *x, long rows, bf16
 
 // The same in a region of its own.
 void EXPORT(linear_compact)(const Compact *weight, const bf16 *x, long rows, bf16 *out, int threads) {
+  Turns turns(threads);
 #pragma omp parallel num_threads(threads) if (weight->outputs > kPanel)
-  EXPORT(share_compact)(weight, x, rows, out, nullptr);
+  {
+    Turn turn(turns);
+    EXPORT(share_compact)(turn, weight, x, rows, out, nullptr);
+  }
 }
 }

@@ -71,13 +71,17 @@ void EXPORT(linear_int8)(const uint8_t *codes, const float *scale, const int64_t
                          long rows, long quads, const uint8_t *panels, const int32_t *offsets, const float *scales, long outputs,
                          Element *out, int threads) {
   const Rows8 x{codes, scale, begins, columns, values};
+  Turns turns(threads);
 #pragma omp parallel num_threads(threads) if (outputs > kPanel || rows > kBlockRows)
-  share_panels(rows, outputs, [&](long panel, int here, long first, long last) {
-    for (long row = first; row < last; row += kTileRows)
-      with_rows(std::min<long>(kTileRows, last - row), [&](auto count) {
-        tile8<decltype(count)::count>(x, row, quads, panels + panel * quads * 4 * kPanel, offsets + panel * kPanel,
-                                      scales + panel * kPanel, out + panel * kPanel, outputs, here);
-      });
-  });
+  {
+    Turn turn(turns);
+    share_panels(turn, rows, outputs, [&](long panel, int here, long first, long last, long) {
+      for (long row = first; row < last; row += kTileRows)
+        with_rows(std::min<long>(kTileRows, last - row), [&](auto count) {
+          tile8<decltype(count)::count>(x, row, quads, panels + panel * quads * 4 * kPanel, offsets + panel * kPanel,
+                                        scales + panel * kPanel, out + panel * kPanel, outputs, here);
+        });
+    });
+  }
 }
 }

@@ -45,23 +45,24 @@ void linear_plain(const X *x, long rows, long pairs, const Pair *weight, long ou
 
 }  // namespace
 
-template <class X> void share_linear(const X *x, long rows, long pairs, const Pair *panels, long outputs, X *out, Upcoming &also) {
+template <class X>
+void share_linear(Turn &turn, const X *x, long rows, long pairs, const Pair *panels, long outputs, X *out, Upcoming &also) {
   const long size = pairs * kPanel;
   fetch_rows(x, rows * pairs * 2);
-  const Share own(rows, outputs);
-  also.spread(own.bursts(rows, pairs));
-  share_panels(rows, outputs, [&](long panel, int here, long first, long last) {
+  also.spread(Share(rows, outputs).bursts(rows, pairs));
+  share_panels(turn, rows, outputs, [&](long panel, int here, long first, long last, long stop) {
     const Pair *weights = panels + panel * size;
     tiles(x + first * pairs * 2, last - first, pairs, weights, out + first * outputs + panel * kPanel, outputs, here,
-          panel < own.panels - 1 ? weights + size : nullptr, &also);
+          panel + 1 < stop ? weights + size : nullptr, &also);
   });
 }
-template void share_linear(const Element *, long, long, const Pair *, long, Element *, Upcoming &);
+template void share_linear(Turn &, const Element *, long, long, const Pair *, long, Element *, Upcoming &);
 
 bool gates_on_the_way(long rows, long width) { return rows > kTileRows && width % kPanel == 0; }
 
 template <class X>
-void share_gated(const X *x, long rows, long pairs, const Pair *panels, long width, const X *bias, X *out, Upcoming &also) {
+void share_gated(Turn &turn, const X *x, long rows, long pairs, const Pair *panels, long width, const X *bias, X *out,
+                 Upcoming &also) {
   const long size = pairs * kPanel;
   fetch_rows(x, rows * pairs * 2);
   const Share own(rows, width);
@@ -69,11 +70,11 @@ void share_gated(const X *x, long rows, long pairs, const Pair *panels, long wid
   thread_local std::vector<X> both;
   both.resize(2 * kBlockRows * kPanel);
   X *const gates = both.data(), *const ups = gates + kBlockRows * kPanel;
-  share_panels(rows, width, [&](long panel, int here, long first, long last) {
+  share_panels(turn, rows, width, [&](long panel, int here, long first, long last, long stop) {
     const Pair *gate = panels + panel * size, *up = gate + own.panels * size;
     const X *from = x + first * pairs * 2;
     tiles(from, last - first, pairs, gate, gates, kPanel, here, up, &also);
-    tiles(from, last - first, pairs, up, ups, kPanel, here, panel < own.panels - 1 ? gate + size : nullptr, &also);
+    tiles(from, last - first, pairs, up, ups, kPanel, here, panel + 1 < stop ? gate + size : nullptr, &also);
     for (long t = 0; t < last - first; ++t) {
       X *g = gates + t * kPanel, *u = ups + t * kPanel;
       if (bias) add_row(g, bias + panel * kPanel, kPanel, g), add_row(u, bias + width + panel * kPanel, kPanel, u);
@@ -81,7 +82,7 @@ void share_gated(const X *x, long rows, long pairs, const Pair *panels, long wid
     }
   });
 }
-template void share_gated(const Element *, long, long, const Pair *, long, const Element *, Element *, Upcoming &);
+template void share_gated(Turn &, const Element *, long, long, const Pair *, long, const Element *, Element *, Upcoming &);
 
 void add_first(long rows, long pairs, const Pair *panels, long outputs, Upcoming &later) {
   const long size = pairs * kPanel;
@@ -108,10 +109,12 @@ void EXPORT(linear_plain)(const Element *x, long rows, long pairs, const Pair *w
 
 // x (rows, 2 * pairs) -> out (rows, outputs), both contiguous.
 void EXPORT(linear)(const Element *x, long rows, long pairs, const Pair *panels, long outputs, Element *out, int threads) {
+  Turns turns(threads);
 #pragma omp parallel num_threads(threads) if (outputs > kPanel || rows > kBlockRows)
   {
+    Turn turn(turns);
     Upcoming nothing;
-    share_linear(x, rows, pairs, panels, outputs, out, nothing);
+    share_linear(turn, x, rows, pairs, panels, outputs, out, nothing);
   }
 }
 }

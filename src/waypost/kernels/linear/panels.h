@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "../common.h"
+#include "../turns.h"
 #include "../upcoming.h"
 
 namespace waypost {
@@ -118,7 +119,7 @@ inline void tiles(const X *x, long rows, long pairs, const Pair *panel, X *out, 
     });
 }
 
-// How panels and blocks of rows are shared among the threads of a region: each has neighbours, the panels of one block first.
+// What a thread begins with of panels x blocks of rows: neighbours, the panels of one block first.
 struct Share {
   long panels, begin, end;  // of panels x blocks
 
@@ -135,14 +136,15 @@ struct Share {
   }
 };
 
-// Calls f(panel, outputs of it, first row, last row) for every panel and block of rows, shared among the threads of the
-// parallel region that this is called in.
-template <class F> inline void share_panels(long rows, long outputs, F f) {
-  const Share own(rows, outputs);
-  for (long i = own.begin; i < own.end; ++i) {
-    const long panel = i % own.panels, first = i / own.panels * kBlockRows;
-    f(panel, (int)std::min<long>(kPanel, outputs - panel * kPanel), first, std::min(rows, first + kBlockRows));
-  }
+// Calls f(panel, outputs of it, first row, last row, stop) for the panels and blocks of rows that this thread of a region takes;
+// after the panel come those up to `stop`, as far as is known. The threads meet at the end.
+template <class F> inline void share_panels(Turn &turn, long rows, long outputs, F f) {
+  const long panels = (outputs + kPanel - 1) / kPanel, blocks = (rows + kBlockRows - 1) / kBlockRows;
+  turn.each(panels * blocks, [&](long i, long stop) {
+    const long panel = i % panels, first = i / panels * kBlockRows;
+    f(panel, (int)std::min<long>(kPanel, outputs - panel * kPanel), first, std::min(rows, first + kBlockRows),
+      std::min(panels, panel + stop - i));
+  });
 #pragma omp barrier
 }
 

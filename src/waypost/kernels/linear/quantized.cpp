@@ -92,9 +92,10 @@ inline void for_pairs(const uint8_t *blocks, const bf16 *scales, long pairs, lon
 }
 
 template <int Bits>
-void share(const bf16 *x, long rows, long pairs, const uint8_t *panels, const bf16 *scales, long group_pairs, long outputs, bf16 *out) {
+void share(Turn &turn, const bf16 *x, long rows, long pairs, const uint8_t *panels, const bf16 *scales, long group_pairs, long outputs,
+           bf16 *out) {
   const long groups = pairs / group_pairs, panel_bytes = groups * Code<Bits>::blocks(group_pairs) * Code<Bits>::bytes;
-  share_panels(rows, outputs, [&](long panel, int here, long first, long last) {
+  share_panels(turn, rows, outputs, [&](long panel, int here, long first, long last, long) {
     const uint8_t *blocks = panels + panel * panel_bytes;
     const bf16 *own = scales + panel * groups * kPanel, *from = x + first * pairs * 2;
     bf16 *to = out + first * outputs + panel * kPanel;
@@ -154,17 +155,21 @@ extern "C" {
 
 // This thread's share of x (rows, 2 * pairs) -> out (rows, outputs), inside a parallel region; the threads meet at the end. panels
 // (P, blocks) in the layout above; scales (P, pairs / group_pairs, 48), those past the last output zero.
-void EXPORT(share_quantized)(int bits, const bf16 *x, long rows, long pairs, const void *panels, const void *scales, long group_pairs,
-                             long outputs, bf16 *out) {
+void EXPORT(share_quantized)(Turn &turn, int bits, const bf16 *x, long rows, long pairs, const void *panels, const void *scales,
+                             long group_pairs, long outputs, bf16 *out) {
   const auto call = bits == 4 ? share<4> : share<8>;
-  call(x, rows, pairs, (const uint8_t *)panels, (const bf16 *)scales, group_pairs, outputs, out);
+  call(turn, x, rows, pairs, (const uint8_t *)panels, (const bf16 *)scales, group_pairs, outputs, out);
 }
 
 // The same in a region of its own.
 void EXPORT(linear_quantized)(int bits, const bf16 *x, long rows, long pairs, const void *panels, const void *scales, long group_pairs,
                               long outputs, bf16 *out, int threads) {
+  Turns turns(threads);
 #pragma omp parallel num_threads(threads) if (outputs > kPanel || rows > kBlockRows)
-  EXPORT(share_quantized)(bits, x, rows, pairs, panels, scales, group_pairs, outputs, out);
+  {
+    Turn turn(turns);
+    EXPORT(share_quantized)(turn, bits, x, rows, pairs, panels, scales, group_pairs, outputs, out);
+  }
 }
 
 // weight (outputs, words) in 32-bit words of 32 / bits inputs each, q + 2^(bits - 1), the first input in the lowest bits ->
