@@ -93,9 +93,10 @@ def test_a_screen_whose_kernel_is_being_compiled_comes_later(monkeypatch: pytest
     assert isinstance(model.at_once, LayersAtOnce)
     assert not model.at_once.screened
     engine = make_engine(model)
-    before = engine.generate([prompt_of(6, 1)], GREEDY)[0].token_ids
+    before, table = engine.generate([prompt_of(6, 1)], GREEDY)[0].token_ids, model.at_once._table
     compiling = False
     assert model.at_once.screened
+    assert model.at_once._table is table, "what the layers' weights have become stays"
     assert engine.generate([prompt_of(6, 1)], GREEDY)[0].token_ids == before
 
 

@@ -110,7 +110,7 @@ class LayersAtOnce:
     def _screened(self) -> ModelEnds | None:
         """The ends, where their screen is there and helps. One whose kernel is still being compiled comes later."""
         if self._screen_later and not build.pending("greedy", "bf16"):
-            self._refresh()
+            self._refresh_ends()
         return self._ends if self._ends is not None and self._ends.screen is not None and self._ends.screen.helps else None
 
     def _pages(self, rows: Rows) -> Pages | None:
@@ -148,10 +148,14 @@ class LayersAtOnce:
         self._table.seconds = self._seconds
         few = self._model[0].dtype == torch.bfloat16
         self._layers = FewRows(self._table.products if few else [], self._table.compact)
+        self._refresh_ends()
+        self._versions = list(map(_VERSION, self._parameters))
+
+    def _refresh_ends(self) -> None:
+        few = self._model[0].dtype == torch.bfloat16
         self._screen_later = build.pending("greedy", "bf16")
         self._ends = _ends(self._model[0], screen=not self._screen_later)
         self._head = FewRows([self._ends.head] if few and self._ends is not None else [], self._use_head)
-        self._versions = list(map(_VERSION, self._parameters))
 
     def _use_head(self, _: int, codes: Compact) -> None:
         assert self._ends is not None

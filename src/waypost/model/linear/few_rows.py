@@ -7,6 +7,7 @@ answers a single short question, or many at a time, never does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from waypost.core.errors import ConfigError
@@ -63,11 +64,16 @@ class FewRows:
         """Whether the processor is one for it, and the memory there."""
         weights = sum(p.weight.panels.numel() for p in self._products if isinstance(p.weight, Packed))
         available = available_bytes()
-        try:
-            return pays() and (available is None or weights * BYTES_PER_WEIGHT <= SHARE * available)
-        except (ConfigError, OSError) as error:
-            say(f"few rows read weights of 16 bits from now on, for the kernel of 12 is not to be had: {error}")
-            return False
+        return _pays() and (available is None or weights * BYTES_PER_WEIGHT <= SHARE * available)
+
+
+@functools.cache  # a compiler that failed is asked no second time
+def _pays() -> bool:
+    try:
+        return pays()
+    except (ConfigError, OSError) as error:
+        say(f"few rows read weights of 16 bits from now on, for the kernel of 12 is not to be had: {error}")
+        return False
 
 
 def coded(product: Product) -> Compact | None:
