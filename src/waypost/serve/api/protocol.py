@@ -62,7 +62,7 @@ class _Sampled(Strict):
     )
     presence_penalty: float | None = Field(None, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
-    repetition_penalty: float | None = Field(None, gt=0.0, description="1 is none. Counts the prompt too. (Extra.)")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100.0, description="1 is none. Counts the prompt too. (Extra.)")
     logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = Field(
         None, description="Token id (as a string) to a number that is added to its logit."
     )

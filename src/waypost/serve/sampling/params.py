@@ -66,7 +66,7 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1; leave it out to keep every token"),
             ("top_p", 0.0 < self.top_p <= 1.0, "must be in (0, 1]; 1 keeps every token"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "must be in [0, 1]; 0 keeps every token"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "must be positive; 1 changes nothing"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "must be in [0.01, 100]; 1 changes nothing"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "must be in [-2, 2]"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "must be in [-2, 2]"),
             ("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "must be finite numbers by token id"),
