@@ -148,7 +148,8 @@ def test_what_a_request_leaves_nothing_of_fails_it_alone(kernel: Any) -> None:
     [
         ("temperature", -0.1), ("temperature", math.inf), ("temperature", 1e-50),
         ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1),
-        ("repetition_penalty", 0.0), ("repetition_penalty", 1e-310), ("repetition_penalty", 101.0), ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("max_tokens", 0),
+        ("repetition_penalty", 0.0), ("repetition_penalty", 1e-310), ("repetition_penalty", 101.0),
+        ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("max_tokens", 0),
         ("min_tokens", -1), ("stop", [""]), ("n", 0), ("logprobs", -1), ("logprobs", 129), ("logit_bias", {1: math.nan}),
     ],
 )  # fmt: skip
