@@ -105,6 +105,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(build, "_build", make)
     monkeypatch.setattr(build, "_begun", {})  # what engines of other tests began, and never waited for
+    monkeypatch.setattr(build, "_failed", {})
     monkeypatch.setattr(build, "_cache_dir", lambda: tmp_path)
     monkeypatch.setattr(build, "_key", lambda: "it")
     monkeypatch.setattr(build, "prebuilt", lambda: None)
@@ -135,8 +136,17 @@ def test_what_comes_after_waits_for_the_rest(made: list[str], monkeypatch: pytes
     assert not build.pending("greedy", "bf16")
 
 
-def test_what_goes_wrong_ahead_is_raised_where_it_is_used(made: list[str]) -> None:
-    build.begin(("bad",), "bf16")
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_goes_wrong_is_raised_where_it_is_used_and_tried_once(
+    made: list[str], ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ahead:
+        build.begin(("bad",), "bf16")
+    with pytest.raises(ConfigError, match="does not compile"):
+        build.library.__wrapped__("bad", "bf16")
+    monkeypatch.setattr(build, "_build", lambda *rest: pytest.fail("compiled a second time"))
+    build.begin((), "bf16", after=("bad",))
+    assert not build.pending("bad", "bf16")
     with pytest.raises(ConfigError, match="does not compile"):
         build.library.__wrapped__("bad", "bf16")
     assert not made

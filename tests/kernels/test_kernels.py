@@ -192,7 +192,7 @@ def test_attention_bits_do_not_depend_on_chunks_or_neighbours(kernel: str, dtype
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_do_not_depend_on_threads(threads: int) -> None:
-    """Attention and norms, forward and backward: fixed work items, fixed order inside each."""
+    """Attention and norms, forward and backward: which rows share a block and whose it is changes nothing."""
     starts = torch.tensor([0, 90, 100], dtype=torch.int32)
     tensors = [draw(100, 6, 16).float(), draw(100, 2, 16, seed=1).float(), draw(100, 2, 16, seed=2).float()]
     x, weight = draw(700, 96).float(), draw(96, seed=1).float()
@@ -211,6 +211,35 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
 
     for one, other in zip(run(1), run(threads), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "width"), [(None, 64), (None, 72), (100, 80)])
+@pytest.mark.parametrize(("heads", "groups", "rows"), [(4, 4, 600), (6, 2, 250)])
+def test_attention_bits_do_not_depend_on_the_size_of_blocks(
+    dtype: torch.dtype, window: int | None, width: int, heads: int, groups: int, rows: int
+) -> None:
+    """The largest that a thread takes, of 250 queries, against those of few rows."""
+    ops = select(kernel="cpu")
+    q = draw(rows, heads, width, dtype=dtype)
+    k, v = (draw(rows, groups, width, dtype=dtype, seed=seed) for seed in (1, 2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = ops.ragged_attention(q, k, v, torch.tensor([0, rows], dtype=torch.int32), 0.3, window)
+    finally:
+        torch.set_num_threads(before)
+    pages = -(-rows // 16)
+    k_pages = torch.zeros(pages, groups, width, 16, dtype=dtype)
+    v_pages = torch.zeros(pages, groups, 16, width, dtype=dtype)
+    table, parts = torch.arange(pages, dtype=torch.int32)[None], []
+    for done in range(0, rows, 44):
+        here = slice(done, min(done + 44, rows))
+        n = here.stop - done
+        ops.write_pages(k[here], v[here], k_pages, v_pages, torch.arange(done, here.stop))
+        starts, context = torch.tensor([0, n], dtype=torch.int32), torch.tensor([done], dtype=torch.int32)
+        parts.append(ops.paged_attention(q[here], k_pages, v_pages, table, starts, context, 0.3, window))
+    assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -41,12 +41,19 @@ def prebuilt() -> Path | None:
 
 @functools.cache
 def library(group: str, element: str) -> ctypes.CDLL:
-    """The kernels of one of compiling.GROUPS for an element type, compiled now if they are not yet on this machine."""
+    """The kernels of one of compiling.GROUPS for an element type, compiled now if they are not yet on this machine. What failed
+    is not tried again: the same error is raised at once."""
     import torch  # loads the OpenMP runtime that ours must resolve to
 
     del torch
+    if (failure := _failed.get((group, element))) is not None:
+        raise failure
     begun = _begun.pop((group, element), None)
-    path = prebuilt() or (_file(group, element) if begun is None else begun.result())
+    try:
+        path = prebuilt() or (_file(group, element) if begun is None else begun.result())
+    except (ConfigError, OSError) as error:
+        _failed[group, element] = error
+        raise
     return ctypes.CDLL(str(path))
 
 
@@ -54,7 +61,8 @@ def begin(groups: Sequence[str], element: str, after: Sequence[str] = ()) -> Non
     """Compiles on threads of their own what of `groups` is not on this machine yet, and then what of `after`, as long as nobody
     else wants the processor; `library` waits for it and raises what went wrong. Worth beginning before PyTorch is imported: a
     compiler leaves the interpreter's lock alone."""
-    groups, after = ([group for group in which if (group, element) not in _begun] for which in (groups, after))
+    tried = _begun.keys() | _failed.keys()
+    groups, after = ([group for group in which if (group, element) not in tried] for which in (groups, after))
     if prebuilt() is not None or compiler() is None or not (groups or after):
         return
     pool = ThreadPoolExecutor(len(groups) + len(after), "waypost-compiling")
@@ -76,6 +84,7 @@ def pending(group: str, element: str) -> bool:
 
 
 _begun: dict[tuple[str, str], Future[Path]] = {}
+_failed: dict[tuple[str, str], ConfigError | OSError] = {}
 
 
 def _file(group: str, element: str, *, idly: bool = False) -> Path:

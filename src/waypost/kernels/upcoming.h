@@ -19,7 +19,7 @@ class Upcoming {
     ranges_.push_back({(const char *)from, (const char *)from + bytes});
     bytes_ += bytes;
   }
-  // From now on `fetch` will be called so many times.
+  // From now on `fetch` will be called about so many times.
   void spread(long times) { pace_ = times > 0 ? (bytes_ / 64 + times - 1) / times : 0; }
   void fetch() {
     for (long lines = pace_; lines > 0 && now_ < ranges_.size(); --lines) {

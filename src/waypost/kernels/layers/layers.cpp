@@ -115,7 +115,7 @@ template <class T> class Pass {
   int widest_ = 0;  // head
   T *memory_;
   T *normed_, *qkv_, *q_, *mixed_, *wide_, *gated_, *part_;
-  std::vector<std::pair<int, std::vector<Item>>> items_;  // by queries that share a key/value head
+  std::vector<std::pair<Shape, std::vector<Item>>> items_;  // by heads and groups
 
  public:
   Pass(const Layer *layers, int count, const Step &step, const Ends *ends, T *h, long rows, long hidden, int threads)
@@ -128,8 +128,7 @@ template <class T> class Pass {
       qkv = std::max(qkv, layers[i].qkv.outputs);
       wide = std::max(wide, layers[i].gate_up.outputs), widest_ = std::max(widest_, layers[i].width);
       const Shape shape{layers[i].heads, layers[i].groups, layers[i].width};
-      if (!items_of(shape.share()))
-        items_.push_back({shape.share(), cut(all_.starts, all_.sequences, rows_per_item(shape, rows, threads))});
+      if (!items_of(shape)) items_.push_back({shape, cut(all_.starts, all_.sequences, rows_per_item(shape, rows, threads))});
     }
     const long widths[] = {hidden, qkv, heads, heads, wide, wide / 2, hidden};
     T **const parts[] = {&normed_, &qkv_, &q_, &mixed_, &wide_, &gated_, &part_};
@@ -179,7 +178,7 @@ template <class T> class Pass {
         if (now.rows) share_attention<T>(call, call.items(omp_get_num_threads()), nullptr);
       } else {
         const Paged<T> call = attention(now, at);
-        share_attention<T>(call, *items_of(call.shape.share()), &before_heads);
+        share_attention<T>(call, *items_of(call.shape), &before_heads);
       }
       clock.took(kAttention);
       if (!now.rows) return;
@@ -194,7 +193,7 @@ template <class T> class Pass {
       expect(layer.down, now.rows, also);
       if (i + 1 < count) {
         const Paged<T> pages = attention(now, order[i + 1]);
-        if (pages.single()) add_pages(pages, *items_of(pages.shape.share()), kMostPages, also);
+        if (pages.single()) add_pages(pages, *items_of(pages.shape), kMostPages, also);
       }
       multiply_and_gate(turn, now, at, layer, also);
       clock.took(kProducts);
@@ -223,9 +222,9 @@ template <class T> class Pass {
  private:
   static long aligned(long elements) { return (elements + 63) / 64 * 64; }
 
-  const std::vector<Item> *items_of(int share) const {
+  const std::vector<Item> *items_of(const Shape &shape) const {
     for (const auto &[of, items] : items_)
-      if (of == share) return &items;
+      if (of.heads == shape.heads && of.groups == shape.groups) return &items;
     return nullptr;
   }
 

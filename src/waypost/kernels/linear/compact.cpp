@@ -54,7 +54,7 @@ ALONE void write_group(const uint8_t *group, VecW table, long first, const Escap
   for (; next->at < first + kGroupWeights; ++next) std::memcpy((uint16_t *)to + (next->at - first), &next->bits, sizeof(uint16_t));
 }
 
-// Where a thread's codes end, and where those begin that it reads after them.
+// Where the codes end that a thread reads one behind the other, as far as it knows, and where those begin that it reads after them.
 struct Reading {
   const uint8_t *end, *then;
 };

@@ -67,7 +67,7 @@ class FewRows:
         return _pays() and (available is None or weights * BYTES_PER_WEIGHT <= SHARE * available)
 
 
-@functools.cache  # a compiler that failed is asked no second time
+@functools.cache  # and said once
 def _pays() -> bool:
     try:
         return pays()
