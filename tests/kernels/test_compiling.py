@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -85,55 +87,129 @@ def test_without_compiler_and_library_the_plain_kernels_serve(monkeypatch: pytes
     with pytest.raises(ConfigError, match="install g\\+\\+, or choose kernel='naive'"):
         select(kernel="cpu")
     with pytest.raises(ConfigError, match="install g\\+\\+"):
-        build._build(tmp_path / "kernels.so", "pass", "float", idly=False)
+        build._build(tmp_path / "kernels.so", "pass", "float", quickly=False, idly=False)
     monkeypatch.setattr(build, "prebuilt", lambda: tmp_path / "avx2.so")
     assert build.available(), "a wheel's library needs no compiler"
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The groups that were compiled, by a compiler that takes its time and knows no group "bad"."""
-    groups: list[str] = []
+    """What was compiled, by a compiler that takes its time and knows no group "bad"."""
+    done: list[str] = []
 
-    def make(path: Path, group: str, element: str, idly: bool) -> None:
+    def make(path: Path, group: str, element: str, *, quickly: bool, idly: bool) -> None:
         time.sleep(0.05)
-        assert idly == (group == "greedy"), "nobody waits for what comes after"
         if group == "bad":
             raise ConfigError("it does not compile")
-        groups.append(group)
+        done.append(f"{group}{' quickly' if quickly else ''}{' idly' if idly else ''}")
         path.touch()
 
     monkeypatch.setattr(build, "_build", make)
-    monkeypatch.setattr(build, "_begun", {})  # what engines of other tests began, and never waited for
-    monkeypatch.setattr(build, "_failed", {})
+    for what in ("_begun", "_failed", "_loaded", "_better"):
+        monkeypatch.setattr(build, what, {})  # what engines of other tests began, and never waited for
     monkeypatch.setattr(build, "_cache_dir", lambda: tmp_path)
     monkeypatch.setattr(build, "_key", lambda: "it")
     monkeypatch.setattr(build, "prebuilt", lambda: None)
     monkeypatch.setattr(build, "compiler", lambda: "g++")
     monkeypatch.setattr(ctypes, "CDLL", lambda path: Path(path).name)
-    return groups
+    return done
 
 
-def test_what_was_begun_is_waited_for_and_compiled_once(made: list[str]) -> None:
-    build.begin(("pass", "logits"), "bf16")
-    load = build.library.__wrapped__  # which keeps nothing
-    assert [load(group, "bf16") for group in ("pass", "pass", "logits")] == [
-        build._file(group, "bf16").name for group in ("pass", "pass", "logits")
-    ]
-    assert sorted(made) == ["logits", "pass"]
-    build.begin(("pass",), "bf16")
-    load("pass", "bf16")
-    assert sorted(made) == ["logits", "pass"], "it is on this machine already"
+def loaded(group: str) -> str:
+    return str(build.library(group, "bf16"))
 
 
-def test_what_comes_after_waits_for_the_rest(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_begun", {})
+def name(group: str, *, quickly: bool = False) -> str:
+    return build._path(group, "bf16", quickly=quickly).name
+
+
+def test_who_waits_gets_what_was_compiled_quickly_and_then_what_runs_fast(
+    made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, seen = {group: threading.Event() for group in ("pass", "logits")}, []
+    monkeypatch.setattr(build, "improved", [lambda group, element: (seen.append((group, element)), fast[group].set())])
+    make, both_loaded = build._build, threading.Event()
+
+    def make_when_both_are_loaded(path: Path, group: str, element: str, *, quickly: bool, idly: bool) -> None:
+        assert not idly or both_loaded.wait(60)
+        make(path, group, element, quickly=quickly, idly=idly)
+
+    monkeypatch.setattr(build, "_build", make_when_both_are_loaded)
     build.begin(("pass", "logits"), "bf16", after=("greedy",))
     assert build.pending("greedy", "bf16")
     assert not build.pending("int8", "bf16"), "which nobody has begun"
-    assert build.library.__wrapped__("greedy", "bf16") == build._file("greedy", "bf16").name
-    assert made[2:] == ["greedy"]
+    assert [loaded(group) for group in ("pass", "logits", "pass")] == [
+        name(group, quickly=True) for group in ("pass", "logits", "pass")
+    ]
+    both_loaded.set()
+    assert loaded("greedy") == name("greedy")
     assert not build.pending("greedy", "bf16")
+    assert all(event.wait(60) for event in fast.values())
+    assert seen == [("pass", "bf16"), ("logits", "bf16")]
+    assert [loaded(group) for group in ("pass", "logits")] == [name("pass"), name("logits")]
+    assert sorted(made[:2]) == ["logits quickly", "pass quickly"]
+    assert made[2:] == ["pass idly", "greedy idly", "logits idly"]
+
+
+def test_what_runs_fast_is_taken_where_it_is_there(made: list[str]) -> None:
+    assert loaded("int8") == name("int8")
+    assert made == ["int8"], "nobody began it, so it is compiled once, to run fast"
+    build._path("pass", "bf16").touch()
+    build._path("logits", "bf16", quickly=True).touch()
+    build.begin(("pass", "logits"), "bf16")
+    assert [loaded("pass"), loaded("logits")][0] == name("pass")
+    assert "pass idly" not in made
+    assert "logits quickly" not in made, "an earlier process did that"
+
+
+def test_functions_are_asked_for_anew_once_there_are_faster_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Function:
+        argtypes: list[object]
+        restype: object
+
+    class Library:
+        def __init__(self) -> None:
+            self.waypost_linear_bf16, self.waypost_greedy_bf16 = Function(), Function()
+
+    libraries = {"pass": Library(), "greedy": Library()}
+    monkeypatch.setattr(call, "library", lambda group, element: libraries[group])
+    kernels = call.Kernels("bf16")
+    first, other = kernels.linear, kernels.greedy
+    assert first is libraries["pass"].waypost_linear_bf16
+    assert kernels.__dict__["linear"] is first, "looked up once"
+    libraries["pass"] = Library()
+    monkeypatch.setattr(call, "_KERNELS", {0: call.Kernels("float"), 1: kernels})
+    call._renew("pass", "bf16")
+    assert kernels.linear is libraries["pass"].waypost_linear_bf16
+    assert kernels.greedy is other
+
+
+ENDS = """
+import sys
+from pathlib import Path
+
+from waypost.kernels import build
+
+build.compiler = lambda: sys.argv[1]
+build._cache_dir = lambda: Path(sys.argv[2])
+build.begin((), "bf16", after=("greedy",))
+while not Path(sys.argv[3]).exists():
+    pass
+print("over")
+"""
+
+
+def test_a_process_does_not_wait_for_what_it_compiles_idly(tmp_path: Path) -> None:
+    cache, compiler, runs = tmp_path / "cache", tmp_path / "cc", tmp_path / "runs"
+    cache.mkdir()
+    compiler.write_text(f"#!/bin/sh\necho $$ > {runs}.new && mv {runs}.new {runs}\nsleep 600\n")
+    compiler.chmod(0o755)
+    command = [sys.executable, "-c", ENDS, str(compiler), str(cache), str(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "over\n"
+    assert list(cache.iterdir()) == [], "nor does it leave anything behind"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(runs.read_text()), 0)
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -143,12 +219,12 @@ def test_what_goes_wrong_is_raised_where_it_is_used_and_tried_once(
     if ahead:
         build.begin(("bad",), "bf16")
     with pytest.raises(ConfigError, match="does not compile"):
-        build.library.__wrapped__("bad", "bf16")
-    monkeypatch.setattr(build, "_build", lambda *rest: pytest.fail("compiled a second time"))
+        loaded("bad")
+    monkeypatch.setattr(build, "_build", lambda *rest, **how: pytest.fail("compiled a second time"))
     build.begin((), "bf16", after=("bad",))
     assert not build.pending("bad", "bf16")
     with pytest.raises(ConfigError, match="does not compile"):
-        build.library.__wrapped__("bad", "bf16")
+        loaded("bad")
     assert not made
 
 

@@ -25,6 +25,8 @@ from waypost.core.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from waypost.serve.ahead import Ahead
+
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object on stdout; everything else goes to stderr.")
 ]
@@ -122,6 +124,13 @@ def serving_techniques(kv: str | None, drafting: str | None, scheduling: str | N
         "drafting": technique_of(drafting, "drafting", DRAFTERS),
         "policy": technique_of(scheduling, "scheduling", policies.POLICIES),
     }
+
+
+def read_ahead(checkpoint: Path, kernel: str, dtype: DtypeName | None) -> Ahead:
+    """What can begin before PyTorch is imported; for an engine with these options."""
+    from waypost.serve.ahead import Ahead
+
+    return Ahead(checkpoint, packs=kernel != "naive" and dtype in (None, "bfloat16"))
 
 
 def torch_dtype(name: DtypeName | None) -> torch.dtype | None:

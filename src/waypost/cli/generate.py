@@ -23,6 +23,7 @@ from waypost.cli._shared import (
     Numerics,
     Threads,
     print_result,
+    read_ahead,
     serving_techniques,
     torch_dtype,
 )
@@ -112,6 +113,7 @@ def command(
         raise typer.BadParameter("a conversation needs a terminal; give a prompt, or - to read it from standard input")
     if prompt is not None and not prompt:
         raise ConfigError("the prompt is empty; give at least one character")
+    ahead = read_ahead(checkpoint, kernel, dtype)
     from waypost.serve.engine import Engine
     from waypost.serve.sampling import Sampling
 
@@ -121,7 +123,7 @@ def command(
     )  # fmt: skip
     width = (max_sequences if batch is not None else 1) + (lora is not None)  # room for the adapter beside the answers
     engine = Engine(
-        checkpoint, numerics=numerics, kernel=kernel, dtype=torch_dtype(dtype), arithmetic=torch_dtype(arithmetic),
+        ahead, numerics=numerics, kernel=kernel, dtype=torch_dtype(dtype), arithmetic=torch_dtype(arithmetic),
         max_sequences=width, threads=threads, **serving_techniques(kv, drafting),
     )  # fmt: skip
     tokenizer, adapter = tokenizer_of(engine, str(checkpoint)), the_adapter(engine, lora)

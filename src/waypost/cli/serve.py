@@ -23,6 +23,7 @@ from waypost.cli._shared import (
     SchedulingName,
     Threads,
     print_result,
+    read_ahead,
     require_extra,
     serving_techniques,
     torch_dtype,
@@ -150,14 +151,13 @@ def command(
       waypost serve models/it --port 0 --max-seq-len 4096
       waypost serve models/it --lora support=runs/support --lora poet=adapters/poet
     """
-    from waypost.serve.ahead import Ahead
     from waypost.serve.api.server import listen, run, url
 
     story = Story()
     callers = callers_of(api_key, api_keys)
     check_asked(checkpoint, scheduling, time_between_tokens, time_to_first_token)
     sock = listen(host, port)
-    ahead = Ahead(checkpoint, packs=kernel != "naive" and dtype in (None, "bfloat16"))
+    ahead = read_ahead(checkpoint, kernel, dtype)
     with uncollected():
         require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
         from waypost.serve.engine import Engine

@@ -6,13 +6,15 @@ that PyTorch has loaded, so that both share one pool of threads.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -39,42 +41,90 @@ def prebuilt() -> Path | None:
     return compiling.prebuilt(set(flags[0])) if flags else None
 
 
-@functools.cache
 def library(group: str, element: str) -> ctypes.CDLL:
     """The kernels of one of compiling.GROUPS for an element type, compiled now if they are not yet on this machine. What failed
-    is not tried again: the same error is raised at once."""
+    is not tried again: the same error is raised at once. What was compiled quickly gives way to what runs fast: `improved`."""
     import torch  # loads the OpenMP runtime that ours must resolve to
 
     del torch
-    if (failure := _failed.get((group, element))) is not None:
+    which = group, element
+    if (loaded := _loaded.get(which)) is not None:
+        return loaded
+    if (failure := _failed.get(which)) is not None:
         raise failure
-    begun = _begun.pop((group, element), None)
+    begun = _begun.pop(which, None)
     try:
         path = prebuilt() or (_file(group, element) if begun is None else begun.result())
+        with _loading:
+            if which not in _loaded:
+                _loaded[which] = ctypes.CDLL(str(_better.get(which, path)))
     except (ConfigError, OSError) as error:
-        _failed[group, element] = error
+        _failed[which] = error
         raise
-    return ctypes.CDLL(str(path))
+    return _loaded[which]
 
 
 def begin(groups: Sequence[str], element: str, after: Sequence[str] = ()) -> None:
-    """Compiles on threads of their own what of `groups` is not on this machine yet, and then what of `after`, as long as nobody
-    else wants the processor; `library` waits for it and raises what went wrong. Worth beginning before PyTorch is imported: a
-    compiler leaves the interpreter's lock alone."""
-    tried = _begun.keys() | _failed.keys()
+    """Compiles on threads of their own what of `groups` is not on this machine yet, quickly, for `library` waits for it; then
+    the same to run fast, and `after`, while nobody else wants the processor and this process lives. `library` raises what
+    went wrong. Worth beginning before PyTorch is imported: a compiler leaves the interpreter's lock alone."""
+    tried = _begun.keys() | _failed.keys() | _loaded.keys()
     groups, after = ([group for group in which if (group, element) not in tried] for which in (groups, after))
     if prebuilt() is not None or compiler() is None or not (groups or after):
         return
-    pool = ThreadPoolExecutor(len(groups) + len(after), "waypost-compiling")
-    first = [pool.submit(_file, group, element) for group in groups]
-    then = [pool.submit(_file_after, first, group, element) for group in after]
+    first: list[Future[Path]] = []
+    if groups:
+        pool = ThreadPoolExecutor(len(groups), "waypost-compiling")
+        first = [pool.submit(_soon, group, element) for group in groups]
+        pool.shutdown(wait=False)
+    then: list[Future[Path]] = [Future() for _ in after]
     _begun.update(zip(((group, element) for group in (*groups, *after)), (*first, *then), strict=True))
-    pool.shutdown(wait=False)
+    todo = dict(zip(groups, first, strict=True)), dict(zip(after, then, strict=True)), element
+    idle = threading.Thread(target=_idly, args=todo, name="waypost-compiling-idly", daemon=True)
+    idle.start()
+    atexit.register(_leave, idle)
 
 
-def _file_after(others: Sequence[Future[Path]], group: str, element: str) -> Path:
-    wait(others)
-    return _file(group, element, idly=True)
+def _soon(group: str, element: str) -> Path:
+    """A library that runs: the fast one where it is there, else one that is compiled quickly."""
+    path = _path(group, element)
+    return path if path.exists() else _file(group, element, quickly=True)
+
+
+def _idly(groups: dict[str, Future[Path]], after: dict[str, Future[Path]], element: str) -> None:
+    wait(groups.values())
+    quick = [g for g, path in groups.items() if path.exception() is None and path.result() != _path(g, element)]
+    for group in quick[:1]:  # what most passes spend their time in; then what spares some of them work
+        _improve(group, element)
+    for group, path in after.items():
+        try:
+            path.set_result(_file(group, element, idly=True))
+        except (ConfigError, OSError) as error:
+            path.set_exception(error)
+    for group in quick[1:]:
+        _improve(group, element)
+
+
+def _improve(group: str, element: str) -> None:
+    """Puts the library that runs fast in the place of the one that was compiled quickly; without it, that one serves on."""
+    try:
+        path = _file(group, element, idly=True)
+        with _loading:
+            _better[group, element] = path
+            if (group, element) in _loaded:
+                _loaded[group, element] = ctypes.CDLL(str(path))
+    except (ConfigError, OSError) as error:
+        if not _leaving.is_set():
+            say(f"kernels that were compiled quickly serve on, {group} in {element}: {error}")
+        return
+    for renew in improved:
+        renew(group, element)
+
+
+def _leave(idle: threading.Thread) -> None:
+    _leaving.set()
+    compiling.abandon()
+    idle.join()  # which clears away what it began
 
 
 def pending(group: str, element: str) -> bool:
@@ -83,14 +133,25 @@ def pending(group: str, element: str) -> bool:
     return begun is not None and not begun.done()
 
 
+improved: list[Callable[[str, str], None]] = []
+"""Called with a group and an element type once `library` has a faster one of them, by a thread of its own."""
+
 _begun: dict[tuple[str, str], Future[Path]] = {}
 _failed: dict[tuple[str, str], ConfigError | OSError] = {}
+_loaded: dict[tuple[str, str], ctypes.CDLL] = {}
+_better: dict[tuple[str, str], Path] = {}
+_loading = threading.Lock()
+_leaving = threading.Event()
 
 
-def _file(group: str, element: str, *, idly: bool = False) -> Path:
-    path = _cache_dir() / f"kernels-{_key()}-{group}-{element}.so"
+def _path(group: str, element: str, *, quickly: bool = False) -> Path:
+    return _cache_dir() / f"kernels-{_key()}-{group}-{element}{'-quick' if quickly else ''}.so"
+
+
+def _file(group: str, element: str, *, quickly: bool = False, idly: bool = False) -> Path:
+    path = _path(group, element, quickly=quickly)
     if not path.exists():
-        _build(path, group, element, idly)
+        _build(path, group, element, quickly=quickly, idly=idly)
     return path
 
 
@@ -109,7 +170,7 @@ def _key() -> str:
     digest = hashlib.blake2b(digest_size=10)
     for path in (*compiling.sources(".cpp"), *compiling.sources(".h")):
         digest.update(path.read_bytes())
-    digest.update(" ".join((*compiling.FLAGS, *compiling.NATIVE)).encode())
+    digest.update(" ".join((compiling.FAST, compiling.QUICK, *compiling.FLAGS, *compiling.NATIVE)).encode())
     digest.update(str(compiler()).encode())
     digest.update(_cpu().encode())
     return digest.hexdigest()
@@ -131,13 +192,15 @@ def require() -> None:
         raise ConfigError("kernel='cpu' needs a C++ compiler: install g++, or choose kernel='naive'")
 
 
-def _build(path: Path, group: str, element: str, idly: bool) -> None:
+def _build(path: Path, group: str, element: str, *, quickly: bool, idly: bool) -> None:
     require()
     cxx = compiler()
     assert cxx is not None
-    say(f"compiling kernels for this processor, once: {group} in {element}")
+    if not _leaving.is_set():
+        how = ", quickly" if quickly else ", to run fast, in the background" if idly else ""
+        say(f"compiling kernels for this processor, once: {group} in {element}{how}")
     try:
-        compiling.compile_library(cxx, path, compiling.units(group, element), idly=idly)
+        compiling.compile_library(cxx, path, compiling.units(group, element), quickly=quickly, idly=idly)
     except (compiling.CompileError, OSError) as error:
         raise ConfigError(
             f"the C++ kernels could not be compiled; choose kernel='naive', and report it if it is our fault:\n{error}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from waypost.core.errors import ShapeError
-from waypost.kernels.build import library
+from waypost.kernels.build import improved, library
 
 WIDE = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 """The dtype in which each element type is computed."""
@@ -24,7 +24,6 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "linear_plain": [_P, _L, _L, _P, _L, _P, _I],
         "pack_panels": [_P, _L, _L, _P, _I],
         "rms_norm_forward": [_P, _P, _L, _I, _D, _P, _P, _I],
-        "rms_norm_backward": [_P, _P, _P, _P, _L, _I, _P, _P, _I],
     },
     "elementwise": {
         "rope": [_P, _L, _P, _P, _I, _I, _I, c_float, _P, _I],
@@ -39,6 +38,7 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
     },
     "training": {
         "attention_backward": [_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _P, _I],
+        "rms_norm_backward": [_P, _P, _P, _P, _L, _I, _P, _P, _I],
         "squared_norm": [_P, _L, _I],
     },
     "quantized": {
@@ -78,19 +78,36 @@ class Kernels:
     """The compiled functions for one element type, by name; a group of them is built and loaded on its first use."""
 
     def __init__(self, element: str) -> None:
-        self._element = element
+        self.element = element
 
     def __getattr__(self, name: str) -> Any:  # only for names that are not set yet
         group = _GROUP_OF.get(name)
         if group is None:
             raise AttributeError(f"no compiled kernel '{name}'")
-        function = getattr(library(group, self._element), f"waypost_{name}_{self._element}")
+        loaded = library(group, self.element)
+        function = getattr(loaded, f"waypost_{name}_{self.element}")
         function.argtypes, function.restype = SIGNATURES[group][name], RETURNS.get(name)
         setattr(self, name, function)
+        if library(group, self.element) is not loaded:  # a faster one came in between
+            self.renew(group)
         return function
+
+    def renew(self, group: str) -> None:
+        """Asks for the functions of `group` anew when they are next used. Any thread may call it."""
+        for name in SIGNATURES[group]:
+            self.__dict__.pop(name, None)
 
 
 _KERNELS = {torch.float32: Kernels("float"), torch.bfloat16: Kernels("bf16"), torch.float64: Kernels("double")}
+
+
+def _renew(group: str, element: str) -> None:
+    for each in _KERNELS.values():
+        if each.element == element:
+            each.renew(group)
+
+
+improved.append(_renew)
 
 
 def kernels(x: Tensor) -> Kernels:

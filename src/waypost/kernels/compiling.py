@@ -5,17 +5,23 @@ The standard library alone: setup.py reads this file before anything is installe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+FAST, QUICK = "-O3", "-O1"
+"""To run fast; and to be compiled in two thirds of the time, for a prefill that takes 1.3 times as long. The bits are equal:
+sources and flags leave the compiler no order of a sum to choose."""
+
 FLAGS = (
-    "-O3",
     "-std=c++17",
     "-fPIC",
     "-fopenmp",
@@ -32,12 +38,12 @@ _ROWS = ("float", "bf16")
 _Unit = tuple[tuple[str, ...], tuple[str, ...]]
 GROUPS: dict[str, tuple[_Unit, ...]] = {
     "pass": (
-        (("attention/forward.cpp", "rms_norm/rms_norm.cpp"), ELEMENTS),
+        (("attention/forward.cpp", "rms_norm/forward.cpp"), ELEMENTS),
         (("layers/layers.cpp", "linear/linear.cpp"), _ROWS),
     ),
     "elementwise": ((("rope/rope.cpp", "swiglu/swiglu.cpp"), ELEMENTS),),
     "logits": ((("cross_entropy/cross_entropy.cpp", "draw/draw.cpp", "largest/largest.cpp"), ELEMENTS),),
-    "training": ((("attention/backward.cpp", "squared_norm/squared_norm.cpp"), ELEMENTS),),
+    "training": ((("attention/backward.cpp", "rms_norm/backward.cpp", "squared_norm/squared_norm.cpp"), ELEMENTS),),
     "quantized": ((("linear/quantized.cpp",), ("bf16",)),),
     "compact": ((("linear/compact.cpp",), ("bf16",)),),
     "int8": ((("linear/int8.cpp",), _ROWS),),
@@ -83,13 +89,15 @@ def units(group: str, element: str) -> list[tuple[list[Path], str]]:
 
 
 def compile_library(
-    cxx: str, to: Path, units: Sequence[tuple[list[Path], str]], processor: Sequence[str] = NATIVE, *, idly: bool = False
-) -> None:
+    cxx: str, to: Path, units: Sequence[tuple[list[Path], str]], processor: Sequence[str] = NATIVE, *,
+    quickly: bool = False, idly: bool = False,
+) -> None:  # fmt: skip
     """Compiles `units` for `processor` into the library `to`, which is there as a whole or not at all. CompileError.
 
-    `idly` leaves the processor to whoever else wants it, where the system has a command for that.
+    `quickly`: somebody waits for it. `idly`: nobody does, so the processor is left to whoever else wants it, where the system
+    has a command for that, and `abandon` ends it.
     """
-    flags = [*FLAGS, *processor]
+    flags = [QUICK if quickly else FAST, *FLAGS, *processor]
     call = [nice, "-n", "19", cxx] if idly and (nice := shutil.which("nice")) is not None else [cxx]
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         objects = [Path(folder) / f"{i}.o" for i in range(len(units))]
@@ -98,10 +106,14 @@ def compile_library(
             for out, (_, element) in zip(objects, units, strict=True)
         ]
         texts = ["".join(f'#include "{source}"\n' for source in sources) for sources, _ in units]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands, texts))
+        if idly:  # and on a thread that nobody waits for either: a pool's are waited for when the interpreter ends
+            for command, text in zip(commands, texts, strict=True):
+                _IDLE.run(command, text)
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_run, commands, texts))
         out = Path(folder) / to.name
-        _run([*call, *flags, "-shared", "-o", str(out), *map(str, objects)])
+        (_IDLE.run if idly else _run)([*call, *flags, "-shared", "-o", str(out), *map(str, objects)])
         os.replace(out, to)  # another process may have built the same file meanwhile: either one is right
 
 
@@ -137,3 +149,45 @@ def _run(command: list[str], text: str = "") -> None:
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(f"{command[0]}: {done.stderr[-2000:]}")
+
+
+class _Idle:
+    """Compilers that nobody waits for."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._over = False
+
+    def run(self, command: list[str], text: str = "") -> None:
+        with self._lock:
+            if self._over:
+                raise CompileError("this process is ending")
+            # In a group of its own, for the compiler's driver has children; not in a session, of which Linux has each get an
+            # equal share of the processor, whatever its priority (sched(7), autogroup).
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+            )
+            self._running.add(process)
+        try:
+            _, errors = process.communicate(text)
+        finally:
+            with self._lock:
+                self._running.discard(process)
+        if process.returncode != 0:
+            raise CompileError(f"{command[0]}: {errors[-2000:]}")
+
+    def abandon(self) -> None:
+        with self._lock:
+            self._over = True
+            for process in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+_IDLE = _Idle()
+
+
+def abandon() -> None:
+    """Ends what is compiled idly, here and from now on: who waits for it gets a CompileError."""
+    _IDLE.abandon()

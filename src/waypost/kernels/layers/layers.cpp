@@ -19,7 +19,7 @@
 
 #include <time.h>
 
-#include <memory>
+#include <optional>
 #include <utility>
 
 #include "../attention/paged.h"
@@ -111,7 +111,7 @@ template <class T> class Pass {
   const Ends *ends_;  // null: from hidden states to hidden states
   const Some<T> all_;
   const long hidden_;
-  std::unique_ptr<Asked<T>> asked_;  // null: every row goes all the way
+  std::optional<Asked<T>> asked_;  // none: every row goes all the way
   int widest_ = 0;  // head
   T *memory_;
   T *normed_, *qkv_, *q_, *mixed_, *wide_, *gated_, *part_;
@@ -121,7 +121,7 @@ template <class T> class Pass {
   Pass(const Layer *layers, int count, const Step &step, const Ends *ends, T *h, long rows, long hidden, int threads)
       : step_(step), ends_(ends), all_{h, rows, step.which, step.table, step.starts, step.context, step.sequences}, hidden_(hidden) {
     if (ends && ends->answers < rows)
-      asked_ = std::make_unique<Asked<T>>(all_, step.table_width, hidden, ends->wanted, ends->answers);
+      asked_.emplace(all_, step.table_width, hidden, ends->wanted, ends->answers);
     long heads = 0, qkv = 0, wide = 0;
     for (int i = 0; i < count; ++i) {
       heads = std::max(heads, (long)layers[i].heads * layers[i].width);

@@ -1,4 +1,4 @@
-"""RMSNorm in C++ (rms_norm.cpp)."""
+"""RMSNorm in C++ (forward.cpp, backward.cpp)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// RMSNorm of rows and its backward. Lanes add in a fixed tree; the weight's gradient adds fixed blocks of rows in order.
+// The backward of RMSNorm. Lanes add in a fixed tree; the weight's gradient adds fixed blocks of rows in order.
 
 #include <algorithm>
 #include <vector>
@@ -7,14 +7,6 @@
 
 namespace waypost {
 namespace {
-
-template <class T> void forward(const T *x, const T *weight, long rows, int width, double eps, T *out, Wide<T> *scale, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * width > 32768)
-  for (long t = 0; t < rows; ++t) {
-    const Wide<T> s = norm_row(x + t * width, weight, width, eps, out + t * width);
-    if (scale) scale[t] = s;
-  }
-}
 
 // dx = s * (w g - x s^2 mean(w g x)), dw = sum_t g x s
 template <class T>
@@ -56,15 +48,7 @@ void backward(const T *x, const T *weight, const Wide<T> *scale, const T *grad, 
 
 using namespace waypost;
 
-extern "C" {
-
-void EXPORT(rms_norm_forward)(const Element *x, const Element *weight, long rows, int width, double eps, Element *out,
-                              Wide<Element> *scale, int threads) {
-  forward(x, weight, rows, width, eps, out, scale, threads);
-}
-
-void EXPORT(rms_norm_backward)(const Element *x, const Element *weight, const Wide<Element> *scale, const Element *grad, long rows,
+extern "C" void EXPORT(rms_norm_backward)(const Element *x, const Element *weight, const Wide<Element> *scale, const Element *grad, long rows,
                                int width, Element *grad_x, Element *grad_weight, int threads) {
   backward(x, weight, scale, grad, rows, width, grad_x, grad_weight, threads);
-}
 }
