@@ -1,4 +1,5 @@
-"""The sharing of a loop among threads (kernels/turns.h): every piece once, and nobody waits for a thread that is held up."""
+"""Loops that threads share, and their meetings (kernels/turns.h): every piece once, nothing before what it needs, and nobody
+waits for a thread that is held up."""
 
 from __future__ import annotations
 
@@ -34,7 +35,28 @@ extern "C" int turns(int threads, const long *counts, int loops, long most, int 
         ++did[l * most + i];
         who[l * most + i] = omp_get_thread_num();
       }});
-#pragma omp barrier
+      turn.meet();
+    }}
+  }}
+  return wrong;
+}}
+
+// Loops of every kind, each of which reads what other threads have just written: numbers (2, count) go from one row to the
+// other and grow by one on the way. Returns how many were taken out of order.
+extern "C" long meetings(int threads, long count, int loops, long *numbers) {{
+  Turns turns(threads);
+  std::atomic<long> wrong{{0}};
+#pragma omp parallel num_threads(threads)
+  {{
+    Turn turn(turns);
+    for (int l = 0; l < loops; ++l) {{
+      const long *from = numbers + l % 2 * count;
+      long *to = numbers + (l + 1) % 2 * count, last = -1;
+      const auto move = [&](long i) {{ to[i] = from[count - 1 - i] + 1; }};
+      if (l % 3 == 0) turn.divide(count, move);
+      if (l % 3 == 1) turn.in_order(count, [&](long i) {{ wrong += i <= last, last = i, move(i); }});
+      if (l % 3 == 2) turn.each(count, [&](long i, long) {{ move(i); }});
+      turn.meet();
     }}
   }}
   return wrong;
@@ -77,7 +99,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     assert cxx is not None
     compiling.compile_library(cxx, folder / "turns.so", [([source], "float")])
     library = ctypes.CDLL(str(folder / "turns.so"))
-    library.held.restype = ctypes.c_long
+    library.held.restype = library.meetings.restype = ctypes.c_long
+    library.meetings.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_int, ctypes.c_void_p]
     library.held.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long]
     return library
 
@@ -94,6 +117,15 @@ def test_every_piece_is_done_once_in_every_loop(library: ctypes.CDLL, threads: i
         assert did[here] == [1] * count
         assert all(0 <= thread < threads for thread in who[here])
         assert not any(did[loop * most + count : (loop + 1) * most])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("count", [1, 2, 5, 1000])
+def test_after_a_meeting_everyone_has_what_the_others_did(library: ctypes.CDLL, threads: int, count: int) -> None:
+    loops = 600
+    numbers = (ctypes.c_long * (2 * count))(*range(count))
+    assert library.meetings(threads, count, loops, numbers) == 0
+    assert numbers[:count] == [i + loops for i in range(count)], "turned round an even number of times"
 
 
 @pytest.mark.parametrize(("threads", "held", "count"), [(2, 0, 12), (2, 1, 64), (3, 1, 20), (4, 0, 11), (4, 3, 1000)])

@@ -60,7 +60,7 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
     },
     "low_rank": {
         "low_rank": [_P, _L, _L, _P, _L, _L, _P, _L, _P, _I],
-        "share_low_rank": [_P, _L, _L, _P, _L, _P, _I, _P, _L, _P, _L],
+        "share_low_rank": [_P, _P, _L, _L, _P, _L, _P, _I, _P, _L, _P, _L],
     },
     "counting": {"count_attention": [_P, _L, _P, _L, _P, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _I]},
 }

@@ -55,21 +55,21 @@ template <class T> class Walker {
 
  public:
   // Not to be copied for the one walker that there is of a thread: each access would ask anew where that thread has it.
-  __attribute__((noipa)) void share(const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
+  __attribute__((noipa)) void share(Turn &turn, const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
     const int G = call.shape.groups;
     const long total = (long)items.size() * G, rows = call.starts[call.sequences];
-    if (call.single()) return share_single(call, items, before);
+    if (call.single()) return share_single(turn, call, items, before);
     if (before) {
-#pragma omp for schedule(static)
-      for (long i = 0; i < rows * G; ++i) (*before)(i / G, (int)(i % G));
+      turn.divide(rows * G, [&](long i) { (*before)(i / G, (int)(i % G)); });
+      turn.meet();
     }
-#pragma omp for schedule(dynamic, 1)
-    for (long left = total; left > 0; --left) {  // the last rows of a sequence see most keys: first, so that the threads end together
-      const long w = left - 1;
+    turn.in_order(total, [&](long i) {
+      const long w = total - 1 - i;  // the last rows of a sequence see most keys: first, so that the threads end together
       const Item &item = items[w / G];
       if (item.end - item.begin == 1 && call.shape.width % P == 0) row(call, {&item, (int)(w % G)}, {});
       else block(call, item, (int)(w % G));
-    }
+    });
+    turn.meet();
   }
 
  private:
@@ -79,14 +79,14 @@ template <class T> class Walker {
   };
 
   // A row a sequence: each thread knows which heads come next, and nothing needs to be done for all rows before the first attends.
-  void share_single(const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
+  void share_single(Turn &turn, const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
     Head now;
     own_heads(call, items, [&](const Item &item, int g) {
       if (now.item) placed_row(call, now, {&item, g}, before);
       now = {&item, g};
     });
     if (now.item) placed_row(call, now, {}, before);
-#pragma omp barrier
+    turn.meet();
   }
   void placed_row(const Paged<T> &call, Head here, Head next, const Before *before) {
     if (before) (*before)(here.item->begin, here.g);
@@ -219,17 +219,21 @@ template <class T> class Walker {
 template <class T> void forward(const Paged<T> &call, int threads) {
   const std::vector<Item> items = call.items(threads);
   const bool shared = items.size() * call.shape.groups > 1;
+  Turns turns(threads);
 #pragma omp parallel num_threads(threads) if (shared)
-  share_attention(call, items, nullptr);
+  {
+    Turn turn(turns);
+    share_attention(turn, call, items, nullptr);
+  }
 }
 
 }  // namespace
 
-template <class T> void share_attention(const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
+template <class T> void share_attention(Turn &turn, const Paged<T> &call, const std::vector<Item> &items, const Before *before) {
   thread_local Walker<T> walker;  // whose memory is kept for the next call
-  walker.share(call, items, before);
+  walker.share(turn, call, items, before);
 }
-template void share_attention(const Paged<Element> &, const std::vector<Item> &, const Before *);
+template void share_attention(Turn &, const Paged<Element> &, const std::vector<Item> &, const Before *);
 
 }  // namespace waypost
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../common.h"
+#include "../turns.h"
 #include "../upcoming.h"
 
 namespace waypost {
@@ -84,7 +85,7 @@ struct Before {
 
 // This thread's share of the blocks of rows `items` and the key/value heads, inside a parallel region, after `before`, which may be
 // null, for each of its own; the threads meet at the end. Defined in forward.cpp for the element type at hand.
-template <class T> void share_attention(const Paged<T> &call, const std::vector<Item> &items, const Before *before);
+template <class T> void share_attention(Turn &turn, const Paged<T> &call, const std::vector<Item> &items, const Before *before);
 
 // Calls f(item, g) for the rows and key/value heads of this thread of a region, where each sequence has one row: neighbours that
 // have an equal share of the keys.

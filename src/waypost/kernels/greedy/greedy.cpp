@@ -302,11 +302,11 @@ long EXPORT(greedy)(const bf16 *x, long rows, const Screen *screen, float *peaks
   Turns turns(threads);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (long t = 0; t < rows; ++t) coded[t].code(x + t * 2 * s.pairs, 2 * s.pairs);
-    Found *const mine = found.data() + omp_get_thread_num() * rows;
-    const long bytes = s.quads() * 4 * kPanel, share = std::min<long>(rows / kTileRows, 4);
     Turn turn(turns);
+    turn.divide(rows, [&](long t) { coded[t].code(x + t * 2 * s.pairs, 2 * s.pairs); });
+    turn.meet();
+    Found *const mine = found.data() + turn.me() * rows;
+    const long bytes = s.quads() * 4 * kPanel, share = std::min<long>(rows / kTileRows, 4);
     share_panels(turn, 1, s.outputs, [&](long panel, int, long, long, long stop) {
       const char *const next = (const char *)s.panels + (panel + 1) * bytes;
       for (long t = 0, i = 0; t < rows; ++i) {
@@ -319,12 +319,11 @@ long EXPORT(greedy)(const bf16 *x, long rows, const Screen *screen, float *peaks
         });
       }
     });
-#pragma omp for schedule(dynamic)
-    for (long t = 0; t < rows; ++t) {
+    turn.in_order(rows, [&](long t) {
       std::vector<Found *> all;
-      for (int i = 0; i < omp_get_num_threads(); ++i) all.push_back(&found[i * rows + t]);
+      for (long i = 0; i < turn.threads(); ++i) all.push_back(&found[i * rows + t]);
       decide(s, x + t * 2 * s.pairs, coded[t], floors[t].value(), all, peaks[t], places[t]);
-    }
+    });
   }
   return std::count(places, places + rows, -1);
 }

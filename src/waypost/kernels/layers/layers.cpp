@@ -146,9 +146,10 @@ template <class T> class Pass {
     Clock clock(step_.seconds);
     Some<T> now = all_;
     if (ends_) {
-#pragma omp for schedule(static)
-      for (long t = 0; t < now.rows; ++t)
+      turn.divide(now.rows, [&](long t) {
         std::memcpy(now.h + t * hidden_, (const T *)ends_->embedding + ends_->tokens[t] * hidden_, hidden_ * sizeof(T));
+      });
+      turn.meet();
     }
     Placing place{this, nullptr, nullptr, nullptr, std::vector<T>(2 * widest_)};
     const Before before_heads{[](const void *self, long t, int g) { ((Placing *)self)->row(t, g); }, &place};
@@ -163,31 +164,31 @@ template <class T> class Pass {
     for (int i = 0; i < count; ++i) {
       const int at = order[i];
       const Layer &layer = layers[at];
-      add_and_norm(now, before, (const T *)layer.attention_norm, layer.eps);
+      add_and_norm(turn, now, before, (const T *)layer.attention_norm, layer.eps);
       clock.took(kNorms);
       also.clear();
       expect(layer.out, asked_ && i + 1 == count ? asked_->some.rows : now.rows, also);
       multiply(turn, layer.qkv, now.rows, normed_, qkv_, also, &layer.out);
       const long D = layer.width;
-      adapt(now, at, 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
+      adapt(turn, now, at, 0, {layer.heads * D, layer.groups * D, layer.groups * D}, layer.qkv, normed_, qkv_);
       clock.took(kProducts);
       place.layer = &layer, place.k_pages = (T *)k_pages[at], place.v_pages = (T *)v_pages[at];
       if (asked_ && i + 1 == count) {
-        now = leave(place);
+        now = leave(turn, place);
         const Paged<T> call = attention(now, at);
-        if (now.rows) share_attention<T>(call, call.items(omp_get_num_threads()), nullptr);
+        if (now.rows) share_attention<T>(turn, call, call.items((int)turn.threads()), nullptr);
       } else {
         const Paged<T> call = attention(now, at);
-        share_attention<T>(call, *items_of(call.shape), &before_heads);
+        share_attention<T>(turn, call, *items_of(call.shape), &before_heads);
       }
       clock.took(kAttention);
       if (!now.rows) return;
       also.clear();
       expect(layer.gate_up, now.rows, also);
       multiply(turn, layer.out, now.rows, mixed_, part_, also, &layer.gate_up);
-      adapt(now, at, 3, {hidden_}, layer.out, mixed_, part_);
+      adapt(turn, now, at, 3, {hidden_}, layer.out, mixed_, part_);
       clock.took(kProducts);
-      add_and_norm(now, &layer.out, (const T *)layer.ffn_norm, layer.eps);
+      add_and_norm(turn, now, &layer.out, (const T *)layer.ffn_norm, layer.eps);
       clock.took(kNorms);
       also.clear();
       expect(layer.down, now.rows, also);
@@ -201,18 +202,19 @@ template <class T> class Pass {
       if (i + 1 < count) expect(layers[order[i + 1]].qkv, now.rows, also);
       else if (ends_ && !ends_->greedy) expect(ends_->head, ends_->answers, also);
       multiply(turn, layer.down, now.rows, gated_, part_, also, i + 1 < count ? &layers[order[i + 1]].qkv : nullptr);
-      adapt(now, at, 6, {hidden_}, layer.down, gated_, part_);
+      adapt(turn, now, at, 6, {hidden_}, layer.down, gated_, part_);
       clock.took(kProducts);
       before = &layer.down;
     }
-    add_and_norm(now, before, nullptr, 0);
+    add_and_norm(turn, now, before, nullptr, 0);
     clock.took(kNorms);
     if (!ends_) return;
     T *const normed = (T *)ends_->normed;
     const int64_t *const wanted = now.h == all_.h ? ends_->wanted : nullptr;  // else they are all that is left
-#pragma omp for schedule(static)
-    for (long i = 0; i < ends_->answers; ++i)
+    turn.divide(ends_->answers, [&](long i) {
       norm_row(now.h + (wanted ? wanted[i] : i) * hidden_, (const T *)ends_->norm, (int)hidden_, ends_->eps, normed + i * hidden_);
+    });
+    turn.meet();
     if (ends_->greedy) return;
     also.clear();
     multiply(turn, ends_->head, ends_->answers, normed, (T *)ends_->logits, also, nullptr);
@@ -243,8 +245,8 @@ template <class T> class Pass {
     if (p.bits == 16 && !some.which && gates_on_the_way(some.rows, width))
       return share_gated(turn, normed_, some.rows, p.pairs, (const Pair *)p.panels, width, (const T *)p.bias, gated_, also);
     multiply(turn, p, some.rows, normed_, wide_, also, &layer.down);
-    adapt(some, at, 4, {width, width}, p, normed_, wide_);
-    gate(some, p);
+    adapt(turn, some, at, 4, {width, width}, p, normed_, wide_);
+    gate(turn, some, p);
   }
 
   // What a product reads first joins what is upcoming.
@@ -253,27 +255,29 @@ template <class T> class Pass {
   }
 
   // What the rows' adapters add to a product, whose outputs are `widths` side by side: projections `site` and after.
-  ALONE void adapt(const Some<T> &some, int layer, int site, std::initializer_list<long> widths, const Product &p, const T *x, T *y) {
+  ALONE void adapt(Turn &turn, const Some<T> &some, int layer, int site, std::initializer_list<long> widths, const Product &p,
+                   const T *x, T *y) {
     if (!some.which) return;
     if (p.bias) {
-#pragma omp for schedule(static)
-      for (long t = 0; t < some.rows; ++t)
+      turn.divide(some.rows, [&](long t) {
         if (some.adapted(t)) add_row(y + t * p.outputs, (const T *)p.bias, p.outputs, y + t * p.outputs);
+      });
+      turn.meet();
     }
     const long inputs = 2 * p.pairs;
-    ((ShareLowRank<T> *)step_.share_low_rank)(x, inputs, inputs, y, p.outputs, widths.begin(), (int)widths.size(), some.which, some.rows,
-                                              step_.factors + ((long)layer * kSites + site) * step_.adapters, step_.adapters);
+    ((ShareLowRank<T> *)step_.share_low_rank)(turn, x, inputs, inputs, y, p.outputs, widths.begin(), (int)widths.size(), some.which,
+                                              some.rows, step_.factors + ((long)layer * kSites + site) * step_.adapters, step_.adapters);
   }
 
   // Takes what `before` gave into the residual stream; null: nothing came before. A null weight leaves out the norm.
-  ALONE void add_and_norm(const Some<T> &some, const Product *before, const T *weight, double eps) {
-#pragma omp for schedule(static)
-    for (long t = 0; t < some.rows; ++t) {
+  ALONE void add_and_norm(Turn &turn, const Some<T> &some, const Product *before, const T *weight, double eps) {
+    turn.divide(some.rows, [&](long t) {
       T *h = some.h + t * hidden_, *part = part_ + t * hidden_;
       if (before && before->bias && !some.adapted(t)) add_row(part, (const T *)before->bias, hidden_, part);
       if (before) add_row(h, part, hidden_, h);
       if (weight) norm_row(h, weight, (int)hidden_, eps, normed_ + t * hidden_);
-    }
+    });
+    turn.meet();
   }
 
   // Puts what one row has for a key/value head in its place. A thread's own.
@@ -322,30 +326,27 @@ template <class T> class Pass {
   };
 
   // Every row's key and value to their page; of the rows that are asked for, the queries and the residual stream to where they go
-  // on alone. The threads meet at the end of the last loop, for all three.
-  Some<T> leave(Placing &place) const {
+  // on alone.
+  Some<T> leave(Turn &turn, Placing &place) const {
     const Some<T> &some = asked_->some;
     const int G = place.layer->groups;
-#pragma omp for schedule(static) nowait
-    for (long i = 0; i < some.rows * G; ++i) place.queries(ends_->wanted[i / G], i / G, (int)(i % G));
-#pragma omp for schedule(static) nowait
-    for (long i = 0; i < some.rows; ++i)
-      std::memcpy(some.h + i * hidden_, all_.h + ends_->wanted[i] * hidden_, hidden_ * sizeof(T));
-#pragma omp for schedule(static)
-    for (long i = 0; i < all_.rows * G; ++i) place.key_and_value(i / G, (int)(i % G));
+    turn.divide(some.rows * G, [&](long i) { place.queries(ends_->wanted[i / G], i / G, (int)(i % G)); });
+    turn.divide(some.rows, [&](long i) { std::memcpy(some.h + i * hidden_, all_.h + ends_->wanted[i] * hidden_, hidden_ * sizeof(T)); });
+    turn.divide(all_.rows * G, [&](long i) { place.key_and_value(i / G, (int)(i % G)); });
+    turn.meet();
     return some;
   }
 
-  ALONE void gate(const Some<T> &some, const Product &p) {
+  ALONE void gate(Turn &turn, const Some<T> &some, const Product &p) {
     constexpr long piece = 512;  // so that the threads share a single row too
     const long width = p.outputs / 2, pieces = (width + piece - 1) / piece;
-#pragma omp for schedule(static)
-    for (long i = 0; i < some.rows * pieces; ++i) {
+    turn.divide(some.rows * pieces, [&](long i) {
       const long f = i % pieces * piece, n = std::min(piece, width - f);
       T *g = wide_ + i / pieces * p.outputs + f, *u = g + width;
       if (p.bias && !some.adapted(i / pieces)) add_row(g, (const T *)p.bias + f, n, g), add_row(u, (const T *)p.bias + width + f, n, u);
       gate_row(g, u, (int)n, gated_ + i / pieces * width + f);
-    }
+    });
+    turn.meet();
   }
 };
 

@@ -145,7 +145,7 @@ template <class F> inline void share_panels(Turn &turn, long rows, long outputs,
     f(panel, (int)std::min<long>(kPanel, outputs - panel * kPanel), first, std::min(rows, first + kBlockRows),
       std::min(panels, panel + stop - i));
   });
-#pragma omp barrier
+  turn.meet();
 }
 
 // Rows that other threads have just written, all at once.

@@ -69,17 +69,17 @@ using namespace waypost;
 extern "C" {
 
 // See low_rank.h.
-void EXPORT(share_low_rank)(const Element *x, long x_stride, long inputs, Element *y, long y_stride, const long *widths, int parts,
-                            const int32_t *which, long rows, const void *const *factors, long adapters) {
-#pragma omp for schedule(dynamic, 1)
-  for (long i = 0; i < rows * parts; ++i) {
+void EXPORT(share_low_rank)(Turn &turn, const Element *x, long x_stride, long inputs, Element *y, long y_stride, const long *widths,
+                            int parts, const int32_t *which, long rows, const void *const *factors, long adapters) {
+  turn.in_order(rows * parts, [&](long i) {
     const long t = i / parts, part = i % parts;
     const Factors *f = which[t] < 0 ? nullptr : (const Factors *)factors[part * adapters + which[t]];
-    if (!f) continue;
+    if (!f) return;
     Element *to = y + t * y_stride;
     for (long before = 0; before < part; ++before) to += widths[before];
     change(x + t * x_stride, inputs, to, widths[part], *f);
-  }
+  });
+  turn.meet();
 }
 
 // The same in a region of its own, for one part.
@@ -88,7 +88,11 @@ void EXPORT(low_rank)(const Element *x, long x_stride, long inputs, Element *y, 
   long work = 0;  // waking the other threads costs as much as some hundred thousand products
   for (long t = 0; t < rows; ++t)
     if (which[t] >= 0) work += ((const Factors *)factors[which[t]])->rank * (inputs + outputs);
+  Turns turns(threads);
 #pragma omp parallel num_threads(threads) if (work > (1 << 20))
-  EXPORT(share_low_rank)(x, x_stride, inputs, y, y_stride, &outputs, 1, which, rows, factors, 0);
+  {
+    Turn turn(turns);
+    EXPORT(share_low_rank)(turn, x, x_stride, inputs, y, y_stride, &outputs, 1, which, rows, factors, 0);
+  }
 }
 }
