@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_without_compiler_and_library_the_plain_kernels_serve(monkeypatch: pytes
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
     """What was compiled, by a compiler that takes its time and knows no group "bad"."""
     done: list[str] = []
 
@@ -112,7 +113,15 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(build, "prebuilt", lambda: None)
     monkeypatch.setattr(build, "compiler", lambda: "g++")
     monkeypatch.setattr(ctypes, "CDLL", lambda path: Path(path).name)
-    return done
+    yield done
+    idle()
+
+
+def idle() -> None:
+    """Waits until nothing is compiled in the background any more."""
+    for thread in threading.enumerate():
+        if thread.name == "waypost-compiling-idly":
+            thread.join()
 
 
 def loaded(group: str) -> str:
@@ -155,11 +164,33 @@ def test_what_runs_fast_is_taken_where_it_is_there(made: list[str]) -> None:
     assert loaded("int8") == name("int8")
     assert made == ["int8"], "nobody began it, so it is compiled once, to run fast"
     build._path("pass", "bf16").touch()
-    build._path("logits", "bf16", quickly=True).touch()
+    build._path("logits", "bf16", quickly=True).touch()  # an earlier process did that
     build.begin(("pass", "logits"), "bf16")
-    assert [loaded("pass"), loaded("logits")][0] == name("pass")
-    assert "pass idly" not in made
-    assert "logits quickly" not in made, "an earlier process did that"
+    assert loaded("pass") == name("pass")
+    idle()
+    assert loaded("logits") == name("logits"), "whether it was loaded before or comes in time"
+    assert made[1:] == ["logits idly"]
+
+
+def test_without_what_runs_fast_what_was_compiled_quickly_serves_on(
+    made: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = build._build
+
+    def fail_idly(path: Path, group: str, element: str, *, quickly: bool, idly: bool) -> None:
+        if idly:
+            raise ValueError("nobody expected that")
+        make(path, group, element, quickly=quickly, idly=idly)
+
+    monkeypatch.setattr(build, "_build", fail_idly)
+    build.begin(("pass",), "bf16", after=("greedy",))
+    idle()
+    assert loaded("pass") == name("pass", quickly=True)
+    assert "serve on, pass in bf16: nobody expected that" in capsys.readouterr().err
+    assert not build.pending("greedy", "bf16")
+    with pytest.raises(ValueError, match="nobody expected that"):
+        loaded("greedy")
+    assert made == ["pass quickly"]
 
 
 def test_functions_are_asked_for_anew_once_there_are_faster_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +203,13 @@ def test_functions_are_asked_for_anew_once_there_are_faster_ones(monkeypatch: py
             self.waypost_linear_bf16, self.waypost_greedy_bf16 = Function(), Function()
 
     libraries = {"pass": Library(), "greedy": Library()}
-    monkeypatch.setattr(call, "library", lambda group, element: libraries[group])
+    asked: list[str] = []
+
+    def library(group: str, element: str) -> Library:
+        asked.append(group)
+        return libraries[group]
+
+    monkeypatch.setattr(call, "library", library)
     kernels = call.Kernels("bf16")
     first, other = kernels.linear, kernels.greedy
     assert first is libraries["pass"].waypost_linear_bf16
@@ -183,6 +220,16 @@ def test_functions_are_asked_for_anew_once_there_are_faster_ones(monkeypatch: py
     assert kernels.linear is libraries["pass"].waypost_linear_bf16
     assert kernels.greedy is other
 
+    def faster_meanwhile(group: str, element: str) -> Library:
+        asked.append(group)
+        return libraries[group] if len(asked) % 2 else Library()
+
+    asked.clear()
+    monkeypatch.setattr(call, "library", faster_meanwhile)
+    kernels.renew("pass")
+    assert kernels.linear is libraries["pass"].waypost_linear_bf16
+    assert "linear" not in kernels.__dict__, "the next call looks again"
+
 
 ENDS = """
 import sys
@@ -190,7 +237,7 @@ from pathlib import Path
 
 from waypost.kernels import build
 
-build.compiler = lambda: sys.argv[1]
+build.prebuilt, build.compiler = lambda: None, lambda: sys.argv[1]
 build._cache_dir = lambda: Path(sys.argv[2])
 build.begin((), "bf16", after=("greedy",))
 while not Path(sys.argv[3]).exists():
@@ -202,11 +249,17 @@ print("over")
 def test_a_process_does_not_wait_for_what_it_compiles_idly(tmp_path: Path) -> None:
     cache, compiler, runs = tmp_path / "cache", tmp_path / "cc", tmp_path / "runs"
     cache.mkdir()
-    compiler.write_text(f"#!/bin/sh\necho $$ > {runs}.new && mv {runs}.new {runs}\nsleep 600\n")
+    # Like a compiler's driver it has a child, and puts its own files where TMPDIR says.
+    compiler.write_text(f"#!/bin/sh\n: > $TMPDIR/of-the-compiler\necho $$ > {runs}.new && mv {runs}.new {runs}\nsleep 600\n")
     compiler.chmod(0o755)
     command = [sys.executable, "-c", ENDS, str(compiler), str(cache), str(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "over\n"
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "TMPDIR": str(temporary)}
+    )
+    assert (done.stdout, done.stderr) == ("over\n", "")
+    assert list(temporary.iterdir()) == []
     assert list(cache.iterdir()) == [], "nor does it leave anything behind"
     with pytest.raises(ProcessLookupError):
         os.kill(int(runs.read_text()), 0)

@@ -53,9 +53,10 @@ extern "C" long meetings(int threads, long count, int loops, long *numbers) {{
       const long *from = numbers + l % 2 * count;
       long *to = numbers + (l + 1) % 2 * count, last = -1;
       const auto move = [&](long i) {{ to[i] = from[count - 1 - i] + 1; }};
-      if (l % 3 == 0) turn.divide(count, move);
-      if (l % 3 == 1) turn.in_order(count, [&](long i) {{ wrong += i <= last, last = i, move(i); }});
-      if (l % 3 == 2) turn.each(count, [&](long i, long) {{ move(i); }});
+      const int kind = (l * 2654435761u >> 16) % 3;  // each behind each, after an even and an odd number of loops
+      if (kind == 0) turn.divide(count, move);
+      if (kind == 1) turn.in_order(count, [&](long i) {{ wrong += i <= last, last = i, move(i); }});
+      if (kind == 2) turn.each(count, [&](long i, long) {{ move(i); }});
       turn.meet();
     }}
   }}

@@ -19,6 +19,7 @@ CLAIMS: Mapping[str, str] = {
     "serve.adapters": "waypost.bench.serve_adapters:ServeAdapters",
     "serve.start": "waypost.bench.serve_start:ServeStart",
     "serve.start.torch": "waypost.bench.serve_start:StartTorch",
+    "serve.busy": "waypost.bench.serve_busy:ServeBusy",
     "serve.load": "waypost.bench.load.claim:ServeLoad",
     "serve.simulator": "waypost.bench.load.simulated:ServeSimulator",
     "serve.prefill.llama": "waypost.bench.serve_prefill:PrefillLlama",

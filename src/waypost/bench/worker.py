@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from waypost.core.errors import WaypostError
+from waypost.core.threads import wait_less
 
 CLOSING_S = 30.0
 """How long a child may take to end by itself."""
@@ -28,6 +29,8 @@ class Worker:
     def __init__(self, script: Path, args: Mapping[str, Any], threads: int, python: str | None = None) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the worker
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if python is None:  # ours, as the command line runs it
+            wait_less(environment)
         self._process = subprocess.Popen(
             [python or sys.executable, str(script), json.dumps({**args, "threads": threads})],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,

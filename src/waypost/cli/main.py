@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 from waypost.core.errors import WaypostError, nearest
+from waypost.core.threads import wait_less
 
 VERBS: dict[str, str] = {
     "import": "Bring a model in: a GGUF file or a Hugging Face folder becomes a Waypost checkpoint.",
@@ -101,13 +102,6 @@ def _refuse_empty_paths(command: Callable[..., None]) -> None:
     command.__annotations__ = hints  # what the strings of the source stand for is made anew at every look
 
 
-def _wait_less() -> None:
-    """A thread of PyTorch that has nothing to do looks around for 15 ms before it sleeps and keeps others from its core
-    meanwhile: beside a busy program, the thread that it waits for. Half a millisecond is as good; what is set stays."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """The entry point; `args` defaults to the command line's."""
     args = sys.argv[1:] if args is None else args
@@ -126,7 +120,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"waypost: no {kind} '{first}'{hint}\n")
         sys.exit(2)
     if first != "bench":  # which measures others too, as they come
-        _wait_less()
+        wait_less(os.environ)
     try:
         run_verb(first, args[1:])
     except WaypostError as error:

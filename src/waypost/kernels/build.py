@@ -52,7 +52,7 @@ def library(group: str, element: str) -> ctypes.CDLL:
         return loaded
     if (failure := _failed.get(which)) is not None:
         raise failure
-    begun = _begun.pop(which, None)
+    begun = _begun.get(which)
     try:
         path = prebuilt() or (_file(group, element) if begun is None else begun.result())
         with _loading:
@@ -61,6 +61,8 @@ def library(group: str, element: str) -> ctypes.CDLL:
     except (ConfigError, OSError) as error:
         _failed[which] = error
         raise
+    finally:
+        _begun.pop(which, None)
     return _loaded[which]
 
 
@@ -94,12 +96,12 @@ def _soon(group: str, element: str) -> Path:
 def _idly(groups: dict[str, Future[Path]], after: dict[str, Future[Path]], element: str) -> None:
     wait(groups.values())
     quick = [g for g, path in groups.items() if path.exception() is None and path.result() != _path(g, element)]
-    for group in quick[:1]:  # what most passes spend their time in; then what spares some of them work
+    for group in quick[:1]:  # which is worth most; then what spares some passes work
         _improve(group, element)
     for group, path in after.items():
         try:
             path.set_result(_file(group, element, idly=True))
-        except (ConfigError, OSError) as error:
+        except Exception as error:  # whatever it is belongs to who waits for the library
             path.set_exception(error)
     for group in quick[1:]:
         _improve(group, element)
@@ -113,7 +115,7 @@ def _improve(group: str, element: str) -> None:
             _better[group, element] = path
             if (group, element) in _loaded:
                 _loaded[group, element] = ctypes.CDLL(str(path))
-    except (ConfigError, OSError) as error:
+    except Exception as error:
         if not _leaving.is_set():
             say(f"kernels that were compiled quickly serve on, {group} in {element}: {error}")
         return
@@ -196,9 +198,10 @@ def _build(path: Path, group: str, element: str, *, quickly: bool, idly: bool) -
     require()
     cxx = compiler()
     assert cxx is not None
-    if not _leaving.is_set():
-        how = ", quickly" if quickly else ", to run fast, in the background" if idly else ""
-        say(f"compiling kernels for this processor, once: {group} in {element}{how}")
+    compiling.clear(path.parent)
+    if not idly:
+        rest = "; what runs faster follows in the background" if quickly else ""
+        say(f"compiling kernels for this processor, once: {group} in {element}{rest}")
     try:
         compiling.compile_library(cxx, path, compiling.units(group, element), quickly=quickly, idly=idly)
     except (compiling.CompileError, OSError) as error:

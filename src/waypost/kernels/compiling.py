@@ -6,6 +6,7 @@ The standard library alone: setup.py reads this file before anything is installe
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import shutil
@@ -13,7 +14,8 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +56,9 @@ GROUPS: dict[str, tuple[_Unit, ...]] = {
 """Units, those together that are used together: sources, and the types that they serve. A group in one element type is a
 library, compiled when it is first used. The sources of a unit are compiled as one, for the system's headers alone take half a
 second each time; those of "pass" are two units, of about the same length."""
+
+COMPILING = "compiling-"
+"""What the folders begin with in which a library is made."""
 
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Where a wheel has the libraries of VARIANTS, NAME.so each."""
@@ -99,22 +104,34 @@ def compile_library(
     """
     flags = [QUICK if quickly else FAST, *FLAGS, *processor]
     call = [nice, "-n", "19", cxx] if idly and (nice := shutil.which("nice")) is not None else [cxx]
-    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-        objects = [Path(folder) / f"{i}.o" for i in range(len(units))]
+    folder = Path(tempfile.mkdtemp(prefix=COMPILING, dir=to.parent))
+    try:
+        objects = [folder / f"{i}.o" for i in range(len(units))]
         commands = [
             [*call, *flags, f"-DWAYPOST_ELEMENT={element}", "-c", "-o", str(out), "-x", "c++", "-"]
             for out, (_, element) in zip(objects, units, strict=True)
         ]
         texts = ["".join(f'#include "{source}"\n' for source in sources) for sources, _ in units]
+        run = functools.partial(_IDLE.run if idly else _run, environment={**os.environ, "TMPDIR": str(folder)})
         if idly:  # and on a thread that nobody waits for either: a pool's are waited for when the interpreter ends
             for command, text in zip(commands, texts, strict=True):
-                _IDLE.run(command, text)
+                run(command, text)
         else:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(_run, commands, texts))
-        out = Path(folder) / to.name
-        (_IDLE.run if idly else _run)([*call, *flags, "-shared", "-o", str(out), *map(str, objects)])
+                list(pool.map(run, commands, texts))
+        out = folder / to.name
+        run([*call, *flags, "-shared", "-o", str(out), *map(str, objects)], "")
         os.replace(out, to)  # another process may have built the same file meanwhile: either one is right
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Removes what compilations left in `folder` whose process was killed an hour ago or earlier."""
+    for left in folder.glob(f"{COMPILING}*"):
+        with contextlib.suppress(OSError):  # another process clears too
+            if left.stat().st_mtime < time.time() - 3600:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def compiles_variants() -> bool:
@@ -145,8 +162,8 @@ def prebuilt(features: set[str], folder: Path = PREBUILT) -> Path | None:
     return next((path for path in fitting if path.exists()), None)
 
 
-def _run(command: list[str], text: str = "") -> None:
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+def _run(command: list[str], text: str, environment: Mapping[str, str]) -> None:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, errors="replace", check=False, env=environment)
     if done.returncode != 0:
         raise CompileError(f"{command[0]}: {done.stderr[-2000:]}")
 
@@ -159,15 +176,16 @@ class _Idle:
         self._lock = threading.Lock()
         self._over = False
 
-    def run(self, command: list[str], text: str = "") -> None:
+    def run(self, command: list[str], text: str, environment: Mapping[str, str]) -> None:
         with self._lock:
             if self._over:
                 raise CompileError("this process is ending")
             # In a group of its own, for the compiler's driver has children; not in a session, of which Linux has each get an
             # equal share of the processor, whatever its priority (sched(7), autogroup).
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+                env=environment, process_group=0,
+            )  # fmt: skip
             self._running.add(process)
         try:
             _, errors = process.communicate(text)
@@ -181,8 +199,9 @@ class _Idle:
         with self._lock:
             self._over = True
             for process in self._running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                if process.returncode is None:  # else its number may be another's by now
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
 
 
 _IDLE = _Idle()

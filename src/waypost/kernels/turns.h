@@ -7,6 +7,7 @@
 
 #include <omp.h>
 #include <sched.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -34,10 +35,10 @@ class Turns {
 };
 
 // A thread's own view of it, made inside the region. Every thread of the region goes through the same loops and meetings, with a
-// meeting between two loops.
+// meeting between two loops whose pieces are taken (`each`, `in_order`).
 class Turn {
   static constexpr uint64_t kBehind = (uint64_t)1 << 32;
-  static constexpr int kSpins = 1000;  // some ten microseconds
+  static constexpr int kSpins = 100, kYields = 5000;  // some microseconds, some milliseconds
   Turns &turns_;
   const long me_ = omp_get_thread_num(), threads_ = omp_get_num_threads();
   bool odd_ = false;
@@ -57,6 +58,10 @@ class Turn {
     asm volatile("yield");
 #endif
   }
+  static void nap() {
+    const timespec time{0, 50000};
+    nanosleep(&time, nullptr);
+  }
 
  public:
   explicit Turn(Turns &turns) : turns_(turns) {}
@@ -64,9 +69,9 @@ class Turn {
   long me() const { return me_; }
   long threads() const { return threads_; }
 
-  // Waits until every thread of the region has come. Who waits longer lets others have its processor: one that only looks may keep
-  // it from the very thread that it waits for. OpenMP's barriers look for milliseconds, so that beside a busy program, which
-  // brings two threads onto one core, each of the hundreds of barriers in a pass took a time slice.
+  // Waits until every thread of the region has come. Who waits longer lets others have its processor, and in the end sleeps: one
+  // that only looks may keep it from the very thread that it waits for. OpenMP's barriers look for milliseconds, so that beside a
+  // busy program, which brings two threads onto one core, each of the hundreds of barriers in a pass took a time slice.
   void meet() {
     const long meetings = turns_.meetings_.value.load(std::memory_order_relaxed);
     if (turns_.came_.value.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
@@ -74,9 +79,11 @@ class Turn {
       turns_.meetings_.value.store(meetings + 1, std::memory_order_release);
       return;
     }
-    for (int i = 0; turns_.meetings_.value.load(std::memory_order_acquire) == meetings;)
-      if (i < kSpins) relax(), ++i;
-      else sched_yield();
+    for (int i = 0; turns_.meetings_.value.load(std::memory_order_acquire) == meetings; ++i) {
+      if (i < kSpins) relax();
+      else if (i < kSpins + kYields) sched_yield();
+      else nap(), i = kSpins + kYields;
+    }
   }
 
   // Calls f(i) for this thread's share of `count` equal pieces.

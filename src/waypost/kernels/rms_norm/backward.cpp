@@ -48,7 +48,7 @@ void backward(const T *x, const T *weight, const Wide<T> *scale, const T *grad, 
 
 using namespace waypost;
 
-extern "C" void EXPORT(rms_norm_backward)(const Element *x, const Element *weight, const Wide<Element> *scale, const Element *grad, long rows,
-                               int width, Element *grad_x, Element *grad_weight, int threads) {
+extern "C" void EXPORT(rms_norm_backward)(const Element *x, const Element *weight, const Wide<Element> *scale, const Element *grad,
+                                          long rows, int width, Element *grad_x, Element *grad_weight, int threads) {
   backward(x, weight, scale, grad, rows, width, grad_x, grad_weight, threads);
 }

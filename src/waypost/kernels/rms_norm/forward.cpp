@@ -19,6 +19,6 @@ template <class T> void forward(const T *x, const T *weight, long rows, int widt
 using namespace waypost;
 
 extern "C" void EXPORT(rms_norm_forward)(const Element *x, const Element *weight, long rows, int width, double eps, Element *out,
-                              Wide<Element> *scale, int threads) {
+                                         Wide<Element> *scale, int threads) {
   forward(x, weight, rows, width, eps, out, scale, threads);
 }
