@@ -84,6 +84,8 @@ class Tokenizer:
         special=True: special tokens in the text become their ids, and the tokenizer's own post-processor adds what it
         adds, such as a beginning-of-text token (transformers: encode(text)).
         """
+        if len(text) > 10_000:  # a batch lets go of the interpreter's lock: nobody waits for somebody's long text
+            return self.encode_batch([text], special=special)[0]
         fast = self._fast if special else self._literal
         return list(fast.encode(_check(text), add_special_tokens=special).ids)
 
