@@ -82,9 +82,10 @@ def test_a_server_answers_the_same(
         assert chat(monkeypatch, "one\ntwo\n", where, "--max-tokens", 8, "--api-key", "k") == 0
         captured = capsys.readouterr()
         assert captured.out == "".join(f"{text}\n" for text in want(checkpoint, "one", "two"))
-    assert chat(monkeypatch, "x" * 400 + "\none\n", server, "--max-tokens", 8, "--api-key", "k", "--model", "tiny") == 0
+    assert chat(monkeypatch, "x" * 400 + "\none\n", server, "--max-tokens", 8, "--api-key", "k", "--model", "tiny") == 1
     captured = capsys.readouterr()
     assert "shorten the prompt" in captured.err, "the long turn was refused, and forgotten"
+    assert "1 turn of this conversation got no answer" in captured.err
     assert captured.out == want(checkpoint, "one")[0] + "\n"
 
 

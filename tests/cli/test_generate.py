@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from waypost.cli import generate, main
+from waypost.cli import _answer, main
 from waypost.core.errors import ConfigError
 from waypost.model.adapter_sites import sites
 from waypost.model.adapters import Lora
@@ -110,7 +110,7 @@ def test_control_c_ends_the_answer_and_keeps_what_was_said(checkpoint: Path) -> 
         if len(shown) == 3:
             raise KeyboardInterrupt
 
-    answer = generate.run(engine, [5, 6, 7], Sampling(seed=1, max_tokens=200, ignore_eos=True), show)
+    answer = _answer.run(engine, [5, 6, 7], Sampling(seed=1, max_tokens=200, ignore_eos=True), show)
     assert answer.interrupted
     assert "interrupted" in answer.summary
     assert 0 < len(answer.choice.tokens) < 200
@@ -156,7 +156,7 @@ def test_a_conversation_needs_a_template(
     assert "no chat template" in capsys.readouterr().err
     (bare / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
-        generate.tokenizer_of(Engine(bare, num_pages=8), "bare")
+        _answer.tokenizer_of(Engine(bare, num_pages=8), "bare")
 
 
 @pytest.fixture(scope="module")

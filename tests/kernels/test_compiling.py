@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -120,7 +121,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]
 def idle() -> None:
     """Waits until nothing is compiled in the background any more."""
     for thread in threading.enumerate():
-        if thread.name == "waypost-compiling-idly":
+        if thread.name == "waypost-compiling":
             thread.join()
 
 
@@ -229,6 +230,43 @@ def test_functions_are_asked_for_anew_once_there_are_faster_ones(monkeypatch: py
     kernels.renew("pass")
     assert kernels.linear is libraries["pass"].waypost_linear_bf16
     assert "linear" not in kernels.__dict__, "the next call looks again"
+
+
+WAITS = """
+import sys
+from pathlib import Path
+
+from waypost.cli._shared import read_ahead
+from waypost.kernels import build
+
+build.prebuilt, build.compiler = lambda: None, lambda: sys.argv[1]
+build._cache_dir = lambda: Path(sys.argv[2])
+with read_ahead(Path("nothing"), "naive", None):
+    build.begin(("pass", "logits"), "bf16", after=("greedy",))
+    build.library("pass", "bf16")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_told_to_end_stops_its_compilers(tmp_path: Path, number: signal.Signals) -> None:
+    cache, compiler, runs = tmp_path / "cache", tmp_path / "cc", tmp_path / "runs"
+    cache.mkdir()
+    runs.mkdir()
+    compiler.write_text(f"#!/bin/sh\n: > $TMPDIR/of-the-compiler\n: > {runs}/$$\nsleep 600\n")
+    compiler.chmod(0o755)
+    command = [sys.executable, "-c", WAITS, str(compiler), str(cache)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(list(runs.iterdir())) < 2:  # one for each library, or more
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, number)  # as a terminal does: to all that belong to its foreground group
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -number
+    assert [line for line in errors.splitlines() if not line.startswith("compiling kernels")] == []
+    assert list(cache.iterdir()) == []
+    for path in runs.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name), 0)
 
 
 ENDS = """

@@ -11,10 +11,14 @@ A verb raises WaypostError and never exits by itself: `main` prints the message 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -126,11 +130,33 @@ def serving_techniques(kv: str | None, drafting: str | None, scheduling: str | N
     }
 
 
-def read_ahead(checkpoint: Path, kernel: str, dtype: DtypeName | None) -> Ahead:
-    """What can begin before PyTorch is imported; for an engine with these options."""
+@contextlib.contextmanager
+def read_ahead(checkpoint: Path, kernel: str, dtype: DtypeName | None) -> Iterator[Ahead]:
+    """What can begin before PyTorch is imported; for an engine with these options.
+
+    Within, Ctrl-C ends the process at once, for the import would lose a KeyboardInterrupt now and then; and SIGTERM, also
+    afterwards, ends the compilers that may run and takes away what they wrote.
+    """
     from waypost.serve.ahead import Ahead
 
-    return Ahead(checkpoint, packs=kernel != "naive" and dtype in (None, "bfloat16"))
+    if threading.current_thread() is not threading.main_thread():
+        yield Ahead(checkpoint, packs=kernel != "naive" and dtype in (None, "bfloat16"))
+        return
+    signal.signal(signal.SIGTERM, _end)
+    before = signal.signal(signal.SIGINT, _end)
+    try:
+        yield Ahead(checkpoint, packs=kernel != "naive" and dtype in (None, "bfloat16"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(number: int, _: object) -> None:
+    """What the signal does by itself, after some clearing up."""
+    from waypost.kernels import build
+
+    build.leave()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def torch_dtype(name: DtypeName | None) -> torch.dtype | None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from waypost.cli._adapters import LoraPath, the_adapter
-from waypost.cli._shared import Arithmetic, Dtype, Kernel, Numerics, Threads, torch_dtype
-from waypost.core.errors import ConfigError, WaypostError, nearest
+from waypost.cli._answer import decide, run, tokenizer_of
+from waypost.cli._shared import Arithmetic, Dtype, Kernel, Numerics, Threads, read_ahead, torch_dtype
+from waypost.core.errors import ConfigError, WaypostError, counted, nearest
 from waypost.core.progress import say
 
 if TYPE_CHECKING:
@@ -72,20 +73,15 @@ def command(
         return
     if model is not None:
         raise ConfigError("--model belongs to a URL; a checkpoint is one model")
-    from waypost.cli.generate import decide, tokenizer_of
-    from waypost.serve.engine import Engine
-    from waypost.serve.sampling import Sampling
+    with read_ahead(Path(checkpoint), kernel, dtype) as ahead:
+        from waypost.serve.engine import Engine
+        from waypost.serve.sampling import Sampling
 
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
-    engine = Engine(
-        checkpoint,
-        numerics=numerics,
-        kernel=kernel,
-        dtype=torch_dtype(dtype),
-        arithmetic=torch_dtype(arithmetic),
-        max_sequences=1 if lora is None else 2,
-        threads=threads,
-    )
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+        engine = Engine(
+            ahead, numerics=numerics, kernel=kernel, dtype=torch_dtype(dtype), arithmetic=torch_dtype(arithmetic),
+            max_sequences=1 if lora is None else 2, threads=threads,
+        )  # fmt: skip
     tokenizer = tokenizer_of(engine, checkpoint)
     decide(tokenizer, None, system, talking=True)
     talk(Local(engine, tokenizer, sampling, the_adapter(engine, lora)), opening(system))
@@ -109,8 +105,6 @@ class Local:
         self._engine, self._tokenizer, self._sampling, self._adapter = engine, tokenizer, sampling, adapter
 
     def answer(self, messages: list[Message], show: Callable[[str], None]) -> tuple[str, str]:
-        from waypost.cli.generate import run
-
         answer = run(self._engine, self._tokenizer.chat(messages), self._sampling, show, self._adapter)
         return answer.choice.text, answer.summary
 
@@ -177,16 +171,17 @@ def _message(body: bytes) -> str:
 
 
 def talk(partner: Partner, history: list[Message]) -> None:
-    """Reads a line, answers it, and remembers both, until the end of the input."""
+    """Reads a line, answers it, and remembers both, until the end of the input. What gets no answer is said and forgotten;
+    where nobody is there to read that, WaypostError at the end."""
     say("Say something. Ctrl-C ends an answer, Ctrl-D the conversation; /help shows what else there is.")
-    first = list(history)
+    first, unanswered = list(history), 0
     while True:
         sys.stderr.write("\n> ")
         sys.stderr.flush()
         line = sys.stdin.readline()
         if not line or line.strip() == "/quit":
             say("")
-            return
+            break
         if not line.strip():
             continue
         if line.startswith("/") and not line.startswith("//"):
@@ -197,10 +192,13 @@ def talk(partner: Partner, history: list[Message]) -> None:
             text, summary = partner.answer(turn, write)
         except WaypostError as error:  # the conversation has outgrown the context, for one; it can go on with less
             say(f"{type(error).__name__}: {error}")
+            unanswered += 1
             continue
         write("\n")
         say(summary)
         history[:] = [*turn, {"role": "assistant", "content": text}]
+    if unanswered and not sys.stdin.isatty():
+        raise WaypostError(f"{counted(unanswered, 'turn')} of this conversation got no answer; the reasons stand above")
 
 
 def obey(words: list[str], history: list[Message], first: list[Message]) -> None:

@@ -126,6 +126,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except WaypostError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(1)
+    except KeyboardInterrupt:  # while the verb itself is imported; later its library of options answers it
+        sys.stderr.write("Aborted.\n")
+        sys.exit(130)
     except BrokenPipeError:  # the reader of stdout went away: `waypost inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

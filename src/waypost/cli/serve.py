@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from waypost.cli._adapters import add_adapters
+from waypost.cli._answer import tokenizer_of
 from waypost.cli._shared import (
     Arithmetic,
     AsJson,
@@ -29,7 +30,6 @@ from waypost.cli._shared import (
     torch_dtype,
 )
 from waypost.cli._story import Story, invitation, tell_loaded
-from waypost.cli.generate import tokenizer_of
 from waypost.core.errors import ConfigError
 from waypost.core.heap import uncollected
 from waypost.core.progress import say
@@ -157,31 +157,31 @@ def command(
     callers = callers_of(api_key, api_keys)
     check_asked(checkpoint, scheduling, time_between_tokens, time_to_first_token)
     sock = listen(host, port)
-    ahead = read_ahead(checkpoint, kernel, dtype)
-    with uncollected():
-        require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
-        from waypost.serve.engine import Engine
+    with read_ahead(checkpoint, kernel, dtype) as ahead:
+        with uncollected():
+            require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
+            from waypost.serve.engine import Engine
 
-    techniques = serving_techniques(kv, drafting, scheduling)
-    story.tell("import", "torch")
+        techniques = serving_techniques(kv, drafting, scheduling)
+        story.tell("import", "torch")
 
-    def build() -> Engine:
-        return Engine(
-            ahead, numerics=numerics, kernel=kernel, dtype=torch_dtype(dtype), arithmetic=torch_dtype(arithmetic),
-            max_seq_len=max_seq_len, num_pages=num_pages, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences,
-            threads=threads, prefix_cache=prefix_cache, **techniques,
-        )  # fmt: skip
+        def build() -> Engine:
+            return Engine(
+                ahead, numerics=numerics, kernel=kernel, dtype=torch_dtype(dtype), arithmetic=torch_dtype(arithmetic),
+                max_seq_len=max_seq_len, num_pages=num_pages, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences,
+                threads=threads, prefix_cache=prefix_cache, **techniques,
+            )  # fmt: skip
 
-    building = ThreadPoolExecutor(1, "waypost-build").submit(build)  # weights are packed while the interpreter imports
-    with uncollected():
-        from waypost.serve.api.admission import Limits
-        from waypost.serve.api.app import create_app
+        building = ThreadPoolExecutor(1, "waypost-build").submit(build)  # weights are packed while the interpreter imports
+        with uncollected():
+            from waypost.serve.api.admission import Limits
+            from waypost.serve.api.app import create_app
 
-    model_name = name or checkpoint.resolve().name
-    limits = Limits(max_waiting=max_waiting, max_tokens=max_tokens, max_choices=max_choices, deadline_s=deadline)
-    log = (lambda line: print(line, file=sys.stderr, flush=True)) if log_requests else None
-    app = create_app(None, None, model_name, callers=callers, limits=limits, cors_origins=cors or (), log=log,
-                     admin_key=admin_key)  # fmt: skip
+        model_name = name or checkpoint.resolve().name
+        limits = Limits(max_waiting=max_waiting, max_tokens=max_tokens, max_choices=max_choices, deadline_s=deadline)
+        log = (lambda line: print(line, file=sys.stderr, flush=True)) if log_requests else None
+        app = create_app(None, None, model_name, callers=callers, limits=limits, cors_origins=cors or (), log=log,
+                         admin_key=admin_key)  # fmt: skip
 
     def load() -> None:
         engine = building.result()

@@ -15,12 +15,15 @@ import platform
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from waypost.core.errors import ConfigError
 from waypost.core.progress import say
 from waypost.kernels import compiling
+
+CLEARING_S = 2.0
+"""The longest that a process waits when it ends for threads that clear away what their compilers wrote."""
 
 
 @functools.cache
@@ -74,17 +77,24 @@ def begin(groups: Sequence[str], element: str, after: Sequence[str] = ()) -> Non
     groups, after = ([group for group in which if (group, element) not in tried] for which in (groups, after))
     if prebuilt() is not None or compiler() is None or not (groups or after):
         return
-    first: list[Future[Path]] = []
-    if groups:
-        pool = ThreadPoolExecutor(len(groups), "waypost-compiling")
-        first = [pool.submit(_soon, group, element) for group in groups]
-        pool.shutdown(wait=False)
-    then: list[Future[Path]] = [Future() for _ in after]
-    _begun.update(zip(((group, element) for group in (*groups, *after)), (*first, *then), strict=True))
-    todo = dict(zip(groups, first, strict=True)), dict(zip(after, then, strict=True)), element
-    idle = threading.Thread(target=_idly, args=todo, name="waypost-compiling-idly", daemon=True)
-    idle.start()
-    atexit.register(_leave, idle)
+    first: dict[str, Future[Path]] = {group: Future() for group in groups}
+    then: dict[str, Future[Path]] = {group: Future() for group in after}
+    _begun.update({(group, element): future for group, future in (first | then).items()})
+    works = [functools.partial(_fulfil, future, _soon, group, element) for group, future in first.items()]
+    works.append(functools.partial(_idly, first, then, element))
+    for work in works:
+        thread = threading.Thread(target=work, name="waypost-compiling", daemon=True)
+        thread.start()
+        _threads.append(thread)  # only now, for a signal may come in between, and `leave` joins them
+    atexit.unregister(leave)
+    atexit.register(leave)
+
+
+def _fulfil(future: Future[Path], work: Callable[..., Path], *args: object, **how: bool) -> None:
+    try:
+        future.set_result(work(*args, **how))
+    except Exception as error:  # whatever it is belongs to who waits for the library
+        future.set_exception(error)
 
 
 def _soon(group: str, element: str) -> Path:
@@ -99,10 +109,7 @@ def _idly(groups: dict[str, Future[Path]], after: dict[str, Future[Path]], eleme
     for group in quick[:1]:  # which is worth most; then what spares some passes work
         _improve(group, element)
     for group, path in after.items():
-        try:
-            path.set_result(_file(group, element, idly=True))
-        except Exception as error:  # whatever it is belongs to who waits for the library
-            path.set_exception(error)
+        _fulfil(path, _file, group, element, idly=True)
     for group in quick[1:]:
         _improve(group, element)
 
@@ -123,10 +130,13 @@ def _improve(group: str, element: str) -> None:
         renew(group, element)
 
 
-def _leave(idle: threading.Thread) -> None:
+def leave() -> None:
+    """Ends what is being compiled, for the process ends: who waits for it gets a ConfigError. Done by itself when the
+    interpreter ends, not by a signal."""
     _leaving.set()
     compiling.abandon()
-    idle.join()  # which clears away what it began
+    for thread in _threads:  # they clear away what they began
+        thread.join(CLEARING_S)
 
 
 def pending(group: str, element: str) -> bool:
@@ -143,6 +153,7 @@ _failed: dict[tuple[str, str], ConfigError | OSError] = {}
 _loaded: dict[tuple[str, str], ctypes.CDLL] = {}
 _better: dict[tuple[str, str], Path] = {}
 _loading = threading.Lock()
+_threads: list[threading.Thread] = []
 _leaving = threading.Event()
 
 

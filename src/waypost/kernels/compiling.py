@@ -5,8 +5,8 @@ The standard library alone: setup.py reads this file before anything is installe
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import functools
 import os
 import platform
 import shutil
@@ -15,8 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 FAST, QUICK = "-O3", "-O1"
@@ -100,27 +99,22 @@ def compile_library(
     """Compiles `units` for `processor` into the library `to`, which is there as a whole or not at all. CompileError.
 
     `quickly`: somebody waits for it. `idly`: nobody does, so the processor is left to whoever else wants it, where the system
-    has a command for that, and `abandon` ends it.
+    has a command for that. `abandon` ends either.
     """
     flags = [QUICK if quickly else FAST, *FLAGS, *processor]
     call = [nice, "-n", "19", cxx] if idly and (nice := shutil.which("nice")) is not None else [cxx]
     folder = Path(tempfile.mkdtemp(prefix=COMPILING, dir=to.parent))
     try:
         objects = [folder / f"{i}.o" for i in range(len(units))]
-        commands = [
-            [*call, *flags, f"-DWAYPOST_ELEMENT={element}", "-c", "-o", str(out), "-x", "c++", "-"]
-            for out, (_, element) in zip(objects, units, strict=True)
-        ]
-        texts = ["".join(f'#include "{source}"\n' for source in sources) for sources, _ in units]
-        run = functools.partial(_IDLE.run if idly else _run, environment={**os.environ, "TMPDIR": str(folder)})
-        if idly:  # and on a thread that nobody waits for either: a pool's are waited for when the interpreter ends
-            for command, text in zip(commands, texts, strict=True):
-                run(command, text)
-        else:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(run, commands, texts))
+        commands = []
+        for out, (together, element) in zip(objects, units, strict=True):
+            text = out.with_suffix(".cpp")
+            text.write_text("".join(f'#include "{source}"\n' for source in together))
+            commands.append([*call, *flags, f"-DWAYPOST_ELEMENT={element}", "-c", "-o", str(out), str(text)])
+        environment = {**os.environ, "TMPDIR": str(folder)}
+        _COMPILERS.run(commands, environment, at_once=1 if idly else os.cpu_count() or 1)
         out = folder / to.name
-        run([*call, *flags, "-shared", "-o", str(out), *map(str, objects)], "")
+        _COMPILERS.run([[*call, *flags, "-shared", "-o", str(out), *map(str, objects)]], environment, at_once=1)
         os.replace(out, to)  # another process may have built the same file meanwhile: either one is right
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -162,51 +156,71 @@ def prebuilt(features: set[str], folder: Path = PREBUILT) -> Path | None:
     return next((path for path in fitting if path.exists()), None)
 
 
-def _run(command: list[str], text: str, environment: Mapping[str, str]) -> None:
-    done = subprocess.run(command, input=text, capture_output=True, text=True, errors="replace", check=False, env=environment)
-    if done.returncode != 0:
-        raise CompileError(f"{command[0]}: {done.stderr[-2000:]}")
-
-
-class _Idle:
-    """Compilers that nobody waits for."""
+class _Compilers:
+    """Those that this process runs. No thread waits for them that the interpreter would wait for when it ends."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._over = False
 
-    def run(self, command: list[str], text: str, environment: Mapping[str, str]) -> None:
-        with self._lock:
-            if self._over:
-                raise CompileError("this process is ending")
-            # In a group of its own, for the compiler's driver has children; not in a session, of which Linux has each get an
-            # equal share of the processor, whatever its priority (sched(7), autogroup).
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-                env=environment, process_group=0,
-            )  # fmt: skip
-            self._running.add(process)
+    def run(self, commands: Iterable[list[str]], environment: Mapping[str, str], at_once: int) -> None:
+        """Runs `commands`, `at_once` at a time. CompileError with what the first of them said that failed, once none of them
+        runs any more."""
+        begun: collections.deque[subprocess.Popen[str]] = collections.deque()
         try:
-            _, errors = process.communicate(text)
+            for command in commands:
+                if len(begun) == at_once:
+                    self._finish(begun.popleft())
+                begun.append(self._begin(command, environment))
+            while begun:
+                self._finish(begun.popleft())
         finally:
-            with self._lock:
-                self._running.discard(process)
-        if process.returncode != 0:
-            raise CompileError(f"{command[0]}: {errors[-2000:]}")
+            for process in begun:  # another failed, or the waiting was interrupted
+                _kill(process)
+                with contextlib.suppress(CompileError):
+                    self._finish(process)
 
     def abandon(self) -> None:
         with self._lock:
             self._over = True
             for process in self._running:
-                if process.returncode is None:  # else its number may be another's by now
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
+                _kill(process)
+
+    def _begin(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        with self._lock:
+            if self._over:
+                raise CompileError("this process is ending")
+            # In a group of its own, for the compiler's driver has children, and Ctrl-C is this process's business; not in a
+            # session, of which Linux has each get an equal share of the processor, whatever its priority (sched(7), autogroup).
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                errors="replace", env=environment, process_group=0,
+            )  # fmt: skip
+            self._running.add(process)
+        return process
+
+    def _finish(self, process: subprocess.Popen[str]) -> None:
+        try:
+            _, errors = process.communicate()
+        finally:
+            if process.returncode is None:  # interrupted
+                _kill(process)
+            with self._lock:
+                self._running.discard(process)
+        if process.returncode != 0:
+            raise CompileError(errors[-2000:] or f"the compiler ended with status {process.returncode}")
 
 
-_IDLE = _Idle()
+def _kill(process: subprocess.Popen[str]) -> None:
+    if process.returncode is None:  # else its number may be another's by now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+_COMPILERS = _Compilers()
 
 
 def abandon() -> None:
-    """Ends what is compiled idly, here and from now on: who waits for it gets a CompileError."""
-    _IDLE.abandon()
+    """Ends what is being compiled, here and from now on: who waits for it gets a CompileError."""
+    _COMPILERS.abandon()

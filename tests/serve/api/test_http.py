@@ -87,6 +87,8 @@ def test_answers_have_the_described_shape(live: Live) -> None:
     cases: list[tuple[Any, httpx.Response]] = [
         (schemas.ModelList, live.get("/v1/models")),
         (schemas.Model, live.get(f"/v1/models/{MODEL}")),
+        (schemas.ModelList, live.get("/v1/models/")),
+        (schemas.Index, live.get("/")),
         (schemas.Health, live.get("/health")),
         (schemas.Health, live.get("/ready")),
         (schemas.Version, live.get("/version")),
@@ -312,22 +314,26 @@ def test_the_first_request_waits_for_no_route_to_be_derived(monkeypatch: pytest.
 def test_health_follows_the_engine(checkpoint: str) -> None:
     app = create_app(None, None, MODEL)
     with serving(app) as url:
-        loading = request("GET", url + "/health")
-        assert (loading.status_code, loading.json()["status"]) == (503, "loading")
+
+        def state(path: str) -> tuple[int, str]:
+            reply = request("GET", url + path)
+            assert reply.headers.get("retry-after") == ("1" if reply.json()["status"] == "loading" else None)
+            return reply.status_code, reply.json()["status"]
+
+        assert state("/health") == state("/ready") == (503, "loading")
         reply = request("POST", url + "/v1/completions", json=ASK)
-        assert reply.status_code == 503
+        assert (reply.status_code, reply.headers["retry-after"], error_of(reply)["code"]) == (503, "1", "model_loading")
         assert "loaded" in error_of(reply)["message"]
         assert list(text_string_to_metric_families(request("GET", url + "/metrics").text))
         engine = Engine(checkpoint, num_pages=64)
         app.state.service.attach(engine, engine.tokenizer)
-        assert (request("GET", url + "/health").status_code, request("GET", url + "/ready").json()) == (
-            200,
-            {"status": "ready"},
-        )
+        assert state("/health") == state("/ready") == (200, "ready")
         assert request("POST", url + "/v1/completions", json=ASK).status_code == 200
         app.state.service.stopping = True
-        assert request("GET", url + "/health").json()["status"] == "stopping"
-        assert request("POST", url + "/v1/completions", json=ASK).status_code == 503
+        assert state("/health") == (200, "stopping"), "it lives while running requests finish"
+        assert state("/ready") == (503, "stopping")
+        reply = request("POST", url + "/v1/completions", json=ASK)
+        assert (reply.status_code, reply.headers.get("retry-after"), error_of(reply)["code"]) == (503, None, "server_stopping")
 
 
 def test_an_engine_that_dies_fails_what_waits_and_the_health(gated: tuple[Live, threading.Semaphore]) -> None:
@@ -346,7 +352,9 @@ def test_an_engine_that_dies_fails_what_waits_and_the_health(gated: tuple[Live, 
     assert "a wire came loose" in error_of(reply)["message"]
     health = live.get("/health")
     assert (health.status_code, health.json()["status"]) == (503, "failed")
-    assert live.post("/v1/completions", ASK).status_code == 503
+    assert live.get("/ready").json() == health.json()
+    reply = live.post("/v1/completions", ASK)
+    assert (reply.status_code, error_of(reply)["code"]) == (503, "engine_failed")
 
 
 def test_what_the_server_cuts_off_is_told_so(gated: tuple[Live, threading.Semaphore]) -> None:
@@ -361,6 +369,7 @@ def test_what_the_server_cuts_off_is_told_so(gated: tuple[Live, threading.Semaph
         closing.join()
     assert whole.result().status_code == 503
     assert "shutting down" in error_of(whole.result())["message"]
+    assert error_of(whole.result())["code"] == "server_stopping"
     *_, last, end, _ = stream.result().text.split("\n\n")
     assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
     assert end == "data: [DONE]"

@@ -1,5 +1,5 @@
-"""The server and its routes: /v1/models, /v1/completions, /v1/chat/completions, /health, /ready, /metrics, /version; those
-that answer without drawing tokens are in texts.py, that of the weights in weights.py.
+"""The server and its routes: /v1/models, /v1/completions, /v1/chat/completions; those that answer without drawing tokens are
+in texts.py, those of who operates it in operating.py, that of the weights in weights.py.
 
     app = create_app(engine, engine.tokenizer, "my-model")      # an ASGI application, for uvicorn or any other server
 
@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from waypost import __version__
 from waypost.core.errors import ConfigError
 from waypost.model.tokenizer import Tokenizer
-from waypost.serve.api import adapters, chat_schemas, schemas, texts, weights
+from waypost.serve.api import adapters, chat_schemas, operating, schemas, texts, weights
 from waypost.serve.api.access import Caller, Callers
 from waypost.serve.api.admission import Limits
 from waypost.serve.api.asgi import CLIENT_GONE, EventStream, read_body, refuse, unless_gone
@@ -71,6 +71,7 @@ def create_app(
     app = FastAPI(title="Waypost", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.state.service = service
     app.include_router(router)
+    app.include_router(operating.router)
     app.include_router(texts.router)
     app.include_router(weights.router)
     app.include_router(adapters.router)
@@ -147,6 +148,8 @@ async def models(request: Request) -> Response:
 async def model(model_id: str, request: Request) -> Response:
     """One model by its name."""
     service = service_of(request)
+    if not model_id:  # /v1/models/, as some clients write it
+        return await models(request)
     service.require(model_id)
     return JSONResponse(_model(service, model_id))
 
@@ -161,28 +164,6 @@ def _model(service: Service, name: str) -> schemas.Model:
         "max_model_len": engine.max_seq_len,
     }
     return found if name == service.model_name else {**found, "parent": service.model_name}
-
-
-@router.get("/health", responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}})
-@router.get("/ready", responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}})
-async def health(request: Request) -> Response:
-    """200 while requests are answered; 503 with the reason while loading, when stopping, and when the engine died."""
-    state, detail = service_of(request).state
-    if state == "ready":
-        return JSONResponse({"status": state})
-    return JSONResponse({"status": state, "detail": detail}, 503)
-
-
-@router.get("/version", responses={200: {"model": schemas.Version}})
-async def version() -> Response:
-    """Waypost's version."""
-    return JSONResponse({"version": __version__})
-
-
-@router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
-async def metrics(request: Request) -> Response:
-    """Counters, gauges and histograms in Prometheus' text format."""
-    return Response(service_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

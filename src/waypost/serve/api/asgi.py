@@ -21,6 +21,8 @@ MAX_BODY_BYTES = 32 * 2**20
 """Longest body that is read; a context of a million tokens fits."""
 CLIENT_GONE = 499
 """Status for a request whose client hung up before the answer; nobody reads it but the log."""
+GONE = "client_gone"
+"""What the log calls it, also of a stream, whose status was sent before."""
 
 
 def refuse(error: ApiError) -> Response:
@@ -51,7 +53,10 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | Non
     gone = asyncio.ensure_future(hang_up(request.receive))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        if working.done():
+            return working.result()
+        request.state.record.error = GONE
+        return None
     finally:
         await _end(working, gone)
 
@@ -87,6 +92,8 @@ class EventStream(Response):
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
+            else:
+                scope["state"]["record"].error = GONE
         finally:
             await _end(sending, gone)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from waypost.core.errors import ConfigError, WaypostError
-from waypost.core.progress import progress
+from waypost.core.progress import Progress, progress, say
 from waypost.keep.disk import replace_file
 from waypost.model.tokenizer import Tokenizer
 from waypost.serve import stride
@@ -136,23 +136,27 @@ class Batch:
         lines = read_lines(source)
         done = take_up(out, lines)
         tally = Tally(total=len(lines), kept=len(done))
-        with out.open("a", encoding="utf-8") as stream, progress("batch", len(lines), "requests") as bar:
-            bar.advance(len(done))
-            for answer in self._answers([line for line in lines if line.custom_id not in done]):
-                failed = answer["response"] is None or answer["response"]["status_code"] != 200
-                tally.failed += failed
-                tally.answered += not failed
-                if not failed:
-                    tally.completion_tokens += answer["response"]["body"]["usage"]["completion_tokens"]
-                _write(stream, answer)
-                bar.advance(note=f"{tally.failed} failed" if tally.failed else None)
-            os.fsync(stream.fileno())
+        try:
+            with out.open("a", encoding="utf-8") as stream, progress("batch", len(lines), "requests") as bar:
+                bar.advance(len(done))
+                for answer in self._answers([line for line in lines if line.custom_id not in done], bar):
+                    failed = answer["response"] is None or answer["response"]["status_code"] != 200
+                    tally.failed += failed
+                    tally.answered += not failed
+                    if not failed:
+                        tally.completion_tokens += answer["response"]["body"]["usage"]["completion_tokens"]
+                    _write(stream, answer)
+                    bar.advance()
+                os.fsync(stream.fileno())
+        except KeyboardInterrupt:
+            say(f"interrupted: {out} holds {tally.kept + tally.answered} of {tally.total} answers; the same command goes on")
+            raise
         return tally
 
-    def _answers(self, lines: list[Line]) -> Iterator[dict[str, Any]]:
+    def _answers(self, lines: list[Line], bar: Progress) -> Iterator[dict[str, Any]]:
         room = AHEAD * self._engine.scheduler.ledger.max_sequences
         todo = iter(lines)
-        exhausted = False
+        exhausted, num_tokens = False, 0
         while not (exhausted and not self._running):
             while not exhausted and len(self._running) < room:
                 line = next(todo, None)
@@ -162,7 +166,10 @@ class Batch:
                 refusal = self._start(line)
                 if refusal is not None:
                     yield refusal
-            for delta in self._engine.step(stride.MOST):
+            deltas = self._engine.step(stride.MOST)
+            num_tokens += sum(len(delta.tokens) for delta in deltas)
+            bar.advance(0, note=f"{num_tokens:,} tokens, {len(self._running)} running")
+            for delta in deltas:
                 finished = self._take(delta)
                 if finished is not None:
                     yield finished

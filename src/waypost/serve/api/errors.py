@@ -9,6 +9,9 @@ from pydantic import ValidationError
 
 from waypost.core.errors import CapacityError, ConfigError, WaypostError, nearest
 
+LOADING, STOPPING, FAILED = "model_loading", "server_stopping", "engine_failed"
+"""Codes of a server that cannot answer: not yet, not any more, and not before somebody restarts it."""
+
 
 class ApiError(Exception):
     """A refused request: an HTTP status and the four members of OpenAI's error object."""
@@ -55,9 +58,14 @@ def context_exceeded(max_seq_len: int, prompt_tokens: int, max_tokens: int | Non
     return bad_request(message, param, "context_length_exceeded")
 
 
-def server_failed(message: str) -> ApiError:
-    """503: the engine stopped; nothing this request could change."""
-    return ApiError(503, message, code="engine_failed")
+def unavailable(code: str, message: str) -> ApiError:
+    """503: nothing that this request could change. The client of a server that loads is told when to ask again."""
+    return ApiError(503, message, code=code, headers={"Retry-After": "1"} if code == LOADING else None)
+
+
+def cut_off() -> ApiError:
+    """503 to what was not finished when the time of a server that shuts down was over."""
+    return unavailable(STOPPING, "The server is shutting down and did not finish this request; send it again")
 
 
 def deadline_missed(completion_tokens: int) -> ApiError:

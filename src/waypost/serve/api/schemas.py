@@ -178,8 +178,19 @@ class ErrorBody(TypedDict):
     error: ErrorDetail
 
 
+class Index(TypedDict):
+    """What / answers: who this is, what it can do now, and the paths that describe the rest."""
+
+    server: str
+    version: str
+    model: str
+    status: Literal["loading", "ready", "stopping", "failed"]
+    docs: str
+    openapi: str
+
+
 class Health(TypedDict):
-    """What /health answers; `detail` says what went wrong where the engine has failed."""
+    """What /health and /ready answer; `detail` says why it is not ready."""
 
     status: Literal["loading", "ready", "stopping", "failed"]
     detail: NotRequired[str]

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from waypost.kernels.ops import PAGE_TOKENS
 from waypost.model.tokenizer import Tokenizer
 from waypost.serve.api.admission import Admission, Limits
-from waypost.serve.api.errors import deadline_missed, server_failed, unknown_model
+from waypost.serve.api.errors import FAILED, LOADING, STOPPING, deadline_missed, unavailable, unknown_model
 from waypost.serve.api.jobs import Job, Work, head_of
 from waypost.serve.api.metrics import Metrics, Reading
 from waypost.serve.api.replies import Head, Part, usage
@@ -69,7 +69,7 @@ class Service:
         """What answers a request for `model`; ApiError 503 if nothing does now, 404 if it never will."""
         state, detail = self.state
         if self._ready is None or state != "ready":
-            raise server_failed(detail)
+            raise unavailable({"loading": LOADING, "stopping": STOPPING}.get(state, FAILED), detail)
         if model not in (None, self.model_name, *self._ready[0].adapters.names):
             raise unknown_model(str(model), self.model_name)
         return self._ready

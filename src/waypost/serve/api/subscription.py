@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from waypost.core.errors import WaypostError
-from waypost.serve.api.errors import ApiError, deadline_missed, server_failed
+from waypost.serve.api.errors import FAILED, ApiError, cut_off, deadline_missed, unavailable
 from waypost.serve.loop import EngineThread
 from waypost.serve.prepare import Prepared
 from waypost.serve.request import Delta
@@ -73,7 +73,7 @@ class Subscription:
         except WaypostError as error:
             for request_id in submitted:
                 thread.cancel(request_id)
-            raise server_failed(str(error)) from error
+            raise (cut_off() if stopping() else unavailable(FAILED, str(error))) from error
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         num_tokens = 0
@@ -91,7 +91,7 @@ class Subscription:
                 if delta.finish_reason == "error":
                     raise ApiError(500, f"The request failed: {delta.error}", code="engine_error")
                 if delta.finish_reason == "cancelled" and self._stopping():
-                    raise server_failed("The server is shutting down and did not finish this request; send it again")
+                    raise cut_off()
             yield news
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from waypost.serve.api import schemas
 from waypost.serve.api.asgi import CLIENT_GONE, read_body, unless_gone
 from waypost.serve.api.calls import call_of, refusals, service_of, takes
 from waypost.serve.api.described import Described
-from waypost.serve.api.errors import bad_request, context_exceeded, of_waypost, server_failed
+from waypost.serve.api.errors import bad_request, context_exceeded, of_waypost, unavailable
 from waypost.serve.api.jobs import Work, each
 from waypost.serve.api.messages import Message
 from waypost.serve.api.protocol import parse
@@ -58,7 +58,7 @@ class EmbeddingRequest(Strict):
     input: str | list[str] | list[int] | list[list[int]] = Field(description="A text, token ids, or a list of either.")
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Kind = Field("mean", description="mean: over all tokens; last: the last token's. (Extra.)")
-    dimensions: None = Field(None, description="The model's own; leave it out.")
+    dimensions: int | None = Field(None, description="The model's hidden size; any other is refused.")
     deadline_s: float | None = Field(None, gt=0.0, description="As for completions. (Extra.)")
     priority: int = Field(0, ge=0, le=2**31, description="As for completions. (Extra.)")
     user: str | None = None
@@ -115,6 +115,10 @@ async def embeddings(request: Request) -> Response:
         raise bad_request("input is empty; give at least one text", "input")
     service = service_of(request)
     engine, tokenizer = service.require(asked.model)
+    size = engine.model.config.hidden_size
+    if asked.dimensions not in (None, size):
+        why = f"dimensions={asked.dimensions}: vectors of this model have {size} numbers and are not shortened; leave it out"
+        raise bad_request(why, "dimensions", "unsupported_value")
     call = call_of(request, len(inputs), asked.user, asked.priority, asked.deadline_s)
     adapter = service.adapter(asked.model)
     work = await service.think(_plan, asked, inputs, engine, tokenizer, adapter)
@@ -124,7 +128,7 @@ async def embeddings(request: Request) -> Response:
     data: list[schemas.Embedding] = []
     for index, part in enumerate(parts):
         if part.embedding is None:
-            raise server_failed("The weights were exchanged before every vector was computed; send the request again")
+            raise unavailable("weights_exchanged", "The weights were exchanged under this request; send it again")
         vector = part.embedding.numpy()
         # base64 as OpenAI sends it: little-endian float32
         given = (
