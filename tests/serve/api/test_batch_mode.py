@@ -16,6 +16,7 @@ from waypost.core.errors import ConfigError
 from waypost.model.tokenizer import Tokenizer
 from waypost.serve.api.batch import Batch, Line, Tally, read_lines, take_up
 from waypost.serve.engine import Engine
+from waypost.serve.request import Delta
 from waypost.serve.sampling import Sampling
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "seed": 1}
@@ -96,6 +97,35 @@ def test_what_was_answered_is_kept_and_errors_are_tried_again(engine: Engine, tm
     assert (tally.kept, tally.answered, tally.failed) == (4, 0, 1)
 
 
+def test_interrupted_it_says_what_there_is_and_goes_on_with_the_rest(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
+    _, whole = run(engine, source, tmp_path / "whole.jsonl")
+    step = engine.step
+
+    def step_until_one_is_done(most: int) -> list[Delta]:
+        if out.exists() and out.read_text():
+            raise KeyboardInterrupt
+        return step(most)
+
+    with monkeypatch.context() as here:
+        here.setattr(engine, "step", step_until_one_is_done)
+        with pytest.raises(KeyboardInterrupt):
+            run(engine, source, out)
+    kept = len(out.read_text().splitlines())
+    assert f"interrupted: {out} holds {kept} of 4 answers; the same command goes on" in capsys.readouterr().err
+    for request_id in list(engine._live):
+        engine.cancel(request_id)
+    tally, again = run(engine, source, out)
+    assert (tally.kept, tally.answered) == (kept, 4 - kept)
+    assert choices(again) == choices(whole)
+
+
+def choices(answers: dict[str, Any]) -> dict[str, Any]:
+    return {name: answer["response"]["body"]["choices"] for name, answer in answers.items()}
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1))
 def test_torn_anywhere_it_is_repaired_and_gives_the_same_answers(
@@ -110,11 +140,7 @@ def test_torn_anywhere_it_is_repaired_and_gives_the_same_answers(
     tally, again = run(engine, source, out)
     assert (tally.kept, tally.answered) == (complete, 4 - complete)
     assert out.read_bytes().startswith(b"".join(raw.splitlines(keepends=True)[:complete]))
-
-    def texts(answers: dict[str, Any]) -> dict[str, Any]:
-        return {name: answer["response"]["body"]["choices"] for name, answer in answers.items()}
-
-    assert texts(again) == texts(whole)
+    assert choices(again) == choices(whole)
 
 
 @pytest.mark.parametrize(

@@ -271,17 +271,22 @@ def comes_to_rest(live: Live, permits: threading.Semaphore) -> None:
 
 @pytest.mark.parametrize("body", [{**LONG, "n": 3}, {**LONG, "prompt": ["a", "b", "c"]}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_hangs_up_frees_the_engine(
-    gated: tuple[Live, threading.Semaphore], stream: bool, body: dict[str, Any]
-) -> None:
-    live, permits = gated
-    raw = json.dumps({**body, "stream": stream}).encode()
+def test_a_client_that_hangs_up_frees_the_engine(checkpoint: str, stream: bool, body: dict[str, Any]) -> None:
+    lines: list[str] = []
+    with make_live(checkpoint, log=lines.append) as live, stepped(live) as permits:
+        hang_up(live, permits, {**body, "stream": stream})
+    line = json.loads(lines[0])
+    assert (line["status"], line["error"]) == (200 if stream else 499, "client_gone")
+
+
+def hang_up(live: Live, permits: threading.Semaphore, body: dict[str, Any]) -> None:
+    raw = json.dumps(body).encode()
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
         connection.sendall(head.encode() + raw)
         comes_to_run(live, permits, 3)
-        if stream:
+        if body["stream"]:
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
     comes_to_rest(live, permits)
     stats = live.engine.stats()

@@ -57,6 +57,15 @@ def test_what_cannot_be_answered_is_refused_with_a_reason(live: Live, route: str
     TypeAdapter(schemas.ErrorBody).validate_json(reply.content, strict=True)
 
 
+def test_only_the_models_own_size_of_vectors_is_given(live: Live) -> None:
+    size = live.engine.model.config.hidden_size
+    ask = {"model": MODEL, "input": "x"}
+    assert len(live.post("/v1/embeddings", {**ask, "dimensions": size}).json()["data"][0]["embedding"]) == size
+    refused = live.post("/v1/embeddings", {**ask, "dimensions": size // 2}).json()["error"]
+    assert (refused["param"], refused["code"]) == ("dimensions", "unsupported_value")
+    assert f"vectors of this model have {size} numbers" in refused["message"]
+
+
 def test_the_openai_client_gets_vectors(client: openai.OpenAI, live: Live) -> None:
     texts = ["one", "another text", "one"]
     reply = client.embeddings.create(model=MODEL, input=texts)  # the client asks for base64 and decodes it
