@@ -1,7 +1,7 @@
 """Claim: one stream beside a program that keeps a core busy, against the same stream alone.
 
 Threads that wait for each other by looking alone lose whole time slices when another program brings two of them onto one core:
-it had been a fiftieth of the speed (kernels/turns.h, core/threads.py).
+it had been a two-hundredth of the speed (kernels/turns.h, core/threads.py).
 """
 
 from __future__ import annotations

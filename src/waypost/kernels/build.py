@@ -137,6 +137,7 @@ def leave() -> None:
     compiling.abandon()
     for thread in _threads:  # they clear away what they began
         thread.join(CLEARING_S)
+    compiling.sweep()
 
 
 def pending(group: str, element: str) -> bool:
