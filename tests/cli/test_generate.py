@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,46 @@ def test_json_holds_the_answer_and_its_seed(checkpoint: Path, capsys: pytest.Cap
     assert first["text"] == want(checkpoint, ids, sampling)
     assert (first["prompt_tokens"], first["completion_tokens"]) == (len(ids), len(first["token_ids"]))
     assert first["finish_reason"] in ("stop", "length")
+
+
+PROCESS = """
+import atexit, sys
+
+import waypost.cli.main as cli
+
+atexit.register(lambda: print("at the end", file=sys.stderr))
+cli.entry()
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [(["Hello"], 0), (["Hello", "--json"], 0), (["Hello", "--top-p", "7"], 1), (["Hello", "--max-tokens", "0"], 2)],
+)
+def test_a_process_that_ends_at_once_has_said_everything(checkpoint: Path, args: list[str], code: int) -> None:
+    command = [sys.executable, "-c", PROCESS, "generate", str(checkpoint), "--max-tokens", "12", *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == code
+    assert done.stderr.endswith("at the end\n")
+    ids = Tokenizer.from_folder(checkpoint).chat([{"role": "user", "content": "Hello"}])
+    text = want(checkpoint, ids, Sampling(temperature=0.0, max_tokens=12))
+    if code != 0:
+        assert done.stdout == ""
+    else:
+        assert (json.loads(done.stdout)["text"] if "--json" in args else done.stdout) == text + (
+            "" if "--json" in args else "\n"
+        )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_a_full_disk_behind_the_output_is_said(checkpoint: Path, how: list[str]) -> None:
+    command = [sys.executable, "-m", "waypost.cli.main", "generate", str(checkpoint), "Hello", "--max-tokens", "2", *how]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "no space is left where the output goes" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_dash_reads_standard_input(
