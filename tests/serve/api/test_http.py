@@ -66,6 +66,13 @@ def test_unknown_routes_and_methods_answer_in_openais_form(live: Live) -> None:
     assert error_of(live.get("/v1/models/other"))["code"] == "model_not_found"
 
 
+def test_head_answers_as_get_without_the_body(live: Live) -> None:
+    for path, status in (("/health", 200), ("/ready", 200), ("/", 200), ("/v1/nothing", 404), ("/v1/completions", 405)):
+        reply, full = request("HEAD", live.url + path), live.get(path)
+        assert (reply.status_code, reply.content) == (status, b"")
+        assert reply.headers["content-type"] == full.headers["content-type"]
+
+
 def test_request_ids_go_in_and_out(live: Live) -> None:
     reply = live.post("/v1/completions", ASK, headers={"x-request-id": "my-id-7"})
     assert reply.headers["x-request-id"] == "my-id-7"

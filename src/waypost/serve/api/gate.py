@@ -35,10 +35,12 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        method, headers = scope["method"], Headers(scope=scope)
+        if method == "HEAD":  # as GET; the server below sends no body
+            scope = {**scope, "method": "GET"}
         given = headers.get("x-request-id")
         request_id = given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
-        record = Record(request_id, scope["method"], scope["path"])
+        record = Record(request_id, method, scope["path"])
         state = scope.setdefault("state", {})
         state |= {"request_id": request_id, "record": record, "caller": ANYONE}
 
@@ -59,7 +61,7 @@ class Gate:
         finally:
             self._service.in_flight -= 1
             route = getattr(scope.get("route"), "path", "none")
-            self._service.metrics.answered(scope["method"], route, record.status or CLIENT_GONE)
+            self._service.metrics.answered(method, route, record.status or CLIENT_GONE)
             if "ticket" in state:
                 state["ticket"].close()
             if self._log is not None:
