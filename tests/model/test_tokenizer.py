@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from reference_tokenizers import KINDS, files
 from transformers import AutoTokenizer
 
 from waypost.core.errors import ConfigError
-from waypost.model.tokenizer import Tokenizer, check_fits
+from waypost.model.tokenizer import LONG_TEXT, Tokenizer, check_fits
 from waypost.testing.tiny import SPECIAL, VOCAB_SIZE, tiny_assets, tiny_config, tiny_tokenizer
 
 PIECES = (
@@ -72,6 +75,40 @@ def test_a_batch_is_its_texts(kind: str, texts: list[str]) -> None:
     ours = _OURS[kind]
     for special in (False, True):
         assert ours.encode_batch(texts, special=special) == [ours.encode(t, special=special) for t in texts]
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_has_the_ids_of_the_plain_call(kind: str, special: bool) -> None:
+    ours = _OURS[kind]
+    some = "".join(ours.special_tokens.values()) + " W\u00f6rter, \U0001f469\u200d\U0001f467 and \tnumbers 12345\n"
+    long = some * (LONG_TEXT // len(some) + 1)
+    assert len(long) > LONG_TEXT
+    fast = ours._fast if special else ours._literal
+    assert ours.encode(long, special=special) == fast.encode(long, add_special_tokens=special).ids
+
+
+def test_a_long_text_leaves_the_interpreter_to_others() -> None:
+    turns, over = 0, False
+
+    def count() -> None:
+        nonlocal turns
+        while not over:
+            turns += 1
+            time.sleep(0)  # lets go of the lock
+
+    thread = threading.Thread(target=count)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)  # nobody is made to let go of it
+    try:
+        thread.start()
+        before = turns
+        _OURS[KINDS[0]].encode("some words " * 100_000)
+        assert turns > before
+    finally:
+        over = True
+        sys.setswitchinterval(interval)
+        thread.join()
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], skip_special: bool = True) -> list[str]:

@@ -17,7 +17,7 @@ from waypost.bench.serving import WARM_ROUNDS, WORKERS, Generating
 from waypost.bench.train_step import token_rows
 from waypost.bench.worker import Worker
 from waypost.core.config import technique
-from waypost.core.errors import ConfigError, NumericsError
+from waypost.core.errors import ConfigError, NumericsError, counted
 from waypost.core.progress import progress
 
 
@@ -30,7 +30,8 @@ class ServeBusy:
         """In turn, alone and with as many busy programs as leave a core too little."""
         if options.model is None:
             raise ConfigError("serve.busy needs --model CHECKPOINT in bfloat16")
-        programs = max(1, len(os.sched_getaffinity(0)) - options.threads + 1)
+        cores = len(os.sched_getaffinity(0))
+        programs = max(1, cores - options.threads + 1)
         prompt = token_rows(options.model, 1, self.prompt_tokens)
         rates: list[tuple[float, float]] = []
         with ExitStack() as stack:
@@ -48,8 +49,8 @@ class ServeBusy:
         rates = rates[WARM_ROUNDS:]
         return Receipt(
             claim="serve.busy",
-            statement=f"one stream of {self.new_tokens} tokens, bf16, {options.threads} threads, beside a program that keeps "
-            "one of their cores busy",
+            statement=f"one stream of {self.new_tokens} tokens, bf16, {options.threads} threads on {counted(cores, 'core')}, "
+            f"beside {counted(programs, 'program')} that never {'waits' if programs == 1 else 'wait'}",
             numerics="exact",
             ours=series("beside a busy program", "new tokens/s", [r[0] for r in rates]),
             baseline=series("alone", "new tokens/s", [r[1] for r in rates]),

@@ -135,28 +135,35 @@ def read_ahead(checkpoint: Path, kernel: str, dtype: DtypeName | None) -> Iterat
     """What can begin before PyTorch is imported; for an engine with these options.
 
     Within, Ctrl-C ends the process at once, for the import would lose a KeyboardInterrupt now and then; and SIGTERM, also
-    afterwards, ends the compilers that may run and takes away what they wrote.
+    afterwards, ends the compilers that may run and takes away what they wrote. What somebody else made of a signal stays.
     """
     from waypost.serve.ahead import Ahead
 
-    if threading.current_thread() is not threading.main_thread():
-        yield Ahead(checkpoint, packs=kernel != "naive" and dtype in (None, "bfloat16"))
-        return
-    signal.signal(signal.SIGTERM, _end)
-    before = signal.signal(signal.SIGINT, _end)
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _on_signal)
+    interrupts = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not those of a script's `... &`
+    if interrupts:
+        signal.signal(signal.SIGINT, _on_signal)
     try:
         yield Ahead(checkpoint, packs=kernel != "naive" and dtype in (None, "bfloat16"))
     finally:
-        signal.signal(signal.SIGINT, before)
+        if interrupts:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _end(number: int, _: object) -> None:
-    """What the signal does by itself, after some clearing up."""
+def end_at_once(number: int) -> None:
+    """What the signal does by itself, after the compilers that may run have ended. For the main thread."""
     from waypost.kernels import build
 
+    for each in (signal.SIGINT, signal.SIGTERM):  # a second one waits for nothing
+        signal.signal(each, signal.SIG_DFL)
     build.leave()
-    signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def _on_signal(number: int, _: object) -> None:
+    end_at_once(number)
 
 
 def torch_dtype(name: DtypeName | None) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""`waypost VERB ...`: finds the verb, runs it, and turns errors into a message and an exit code (1 failed, 2 usage).
+"""`waypost VERB ...`: finds the verb, runs it, and turns errors into a message and an exit code: 1 failed, 2 usage, 130 Ctrl-C.
 
 Only the verb that was asked for is imported, so that `waypost --help` loads neither torch nor a library of options.
 """
@@ -165,8 +165,9 @@ def entry() -> NoReturn:
         sys.exit(status)
     atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # it was closed before this process began
+                stream.flush()
     except (OSError, ValueError):  # nobody reads them any more
         status = status or 1
     os._exit(status)

@@ -23,6 +23,7 @@ from waypost.cli._shared import (
     Numerics,
     SchedulingName,
     Threads,
+    end_at_once,
     print_result,
     read_ahead,
     require_extra,
@@ -140,7 +141,7 @@ def command(
     """Serve CHECKPOINT over HTTP with OpenAI's API.
 
     CHECKPOINT is a checkpoint, a run folder (its latest checkpoint) or a plain Hugging Face folder. Routes:
-    /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models, /tokenize, /detokenize, /health, /ready,
+    /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models, /tokenize, /detokenize, /, /health, /ready,
     /metrics, /version, /docs, and /admin/weights where there is an admin key.
 
     The same request with the same seed gives the same tokens whatever else is running (numerics exact). Ctrl-C or
@@ -193,7 +194,7 @@ def command(
             say(invitation(url(sock), model_name, tokenizer.has_chat_template, callers is not None))
             print_result({"url": url(sock), "model": model_name, "ready_s": story.seconds}, as_json)
 
-    run(app, sock, load, drain_s=drain, say=say)
+    run(app, sock, load, drain_s=drain, say=say, at_once=end_at_once)
 
 
 def callers_of(api_key: str | None, api_keys: Path | None) -> Callers | None:
@@ -246,5 +247,4 @@ def aim(story: Story, engine: Engine, time_between_tokens_s: float | None, time_
         policy = replace(policy, time_between_tokens_s=time_between_tokens_s)
     costs = measure(engine)
     engine.scheduler.policy = replace(policy, costs=costs)
-    text = f"a step takes {1e3 * costs.base_s:.1f} ms and {1e3 * costs.token_s:.2f} ms a token"
-    story.tell("measure", text)
+    story.tell("measure", f"a step takes {1e3 * costs.base_s:.1f} ms and {1e3 * costs.token_s:.2f} ms a token")

@@ -14,6 +14,7 @@ import os
 import platform
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -54,19 +55,44 @@ def library(group: str, element: str) -> ctypes.CDLL:
     if (loaded := _loaded.get(which)) is not None:
         return loaded
     if (failure := _failed.get(which)) is not None:
-        raise failure
-    begun = _begun.get(which)
+        raise type(failure)(*failure.args)  # a new one, for each raising adds frames, with all that they hold, to an error
+    begun = None
     try:
-        path = prebuilt() or (_file(group, element) if begun is None else begun.result())
+        path = prebuilt()
+        if path is None:
+            begun = _compiled(group, element)
+            path = begun.result()
         with _loading:
             if which not in _loaded:
                 _loaded[which] = ctypes.CDLL(str(_better.get(which, path)))
-    except (ConfigError, OSError) as error:
-        _failed[which] = error
+    except Exception as error:
+        _failed[which] = type(error)(*error.args)
         raise
     finally:
-        _begun.pop(which, None)
+        if begun is not None and begun.done():  # not where the waiting was interrupted
+            _begun.pop(which, None)
     return _loaded[which]
+
+
+def _compiled(group: str, element: str) -> Future[Path]:
+    """What was begun, or begins now: never in the thread of the caller, which a signal may interrupt anywhere."""
+    with _loading:
+        begun = _begun.get((group, element))
+        if begun is None:
+            begun = _begun[group, element] = Future()
+            if (path := _path(group, element)).exists():
+                begun.set_result(path)
+            else:
+                _start(functools.partial(_fulfil, begun, _file, group, element))
+    return begun
+
+
+def _start(work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work, name="waypost-compiling", daemon=True)
+    thread.start()
+    _threads.append(thread)  # only now, for a signal may come in between, and `leave` joins them
+    atexit.unregister(leave)
+    atexit.register(leave)
 
 
 def begin(groups: Sequence[str], element: str, after: Sequence[str] = ()) -> None:
@@ -83,11 +109,7 @@ def begin(groups: Sequence[str], element: str, after: Sequence[str] = ()) -> Non
     works = [functools.partial(_fulfil, future, _soon, group, element) for group, future in first.items()]
     works.append(functools.partial(_idly, first, then, element))
     for work in works:
-        thread = threading.Thread(target=work, name="waypost-compiling", daemon=True)
-        thread.start()
-        _threads.append(thread)  # only now, for a signal may come in between, and `leave` joins them
-    atexit.unregister(leave)
-    atexit.register(leave)
+        _start(work)
 
 
 def _fulfil(future: Future[Path], work: Callable[..., Path], *args: object, **how: bool) -> None:
@@ -123,7 +145,7 @@ def _improve(group: str, element: str) -> None:
             if (group, element) in _loaded:
                 _loaded[group, element] = ctypes.CDLL(str(path))
     except Exception as error:
-        if not _leaving.is_set():
+        if not _leaving:
             say(f"kernels that were compiled quickly serve on, {group} in {element}: {error}")
         return
     for renew in improved:
@@ -133,11 +155,12 @@ def _improve(group: str, element: str) -> None:
 def leave() -> None:
     """Ends what is being compiled, for the process ends: who waits for it gets a ConfigError. Done by itself when the
     interpreter ends, not by a signal."""
-    _leaving.set()
+    global _leaving
+    _leaving = True
     compiling.abandon()
+    until = time.monotonic() + CLEARING_S
     for thread in _threads:  # they clear away what they began
-        thread.join(CLEARING_S)
-    compiling.sweep()
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 def pending(group: str, element: str) -> bool:
@@ -150,12 +173,12 @@ improved: list[Callable[[str, str], None]] = []
 """Called with a group and an element type once `library` has a faster one of them, by a thread of its own."""
 
 _begun: dict[tuple[str, str], Future[Path]] = {}
-_failed: dict[tuple[str, str], ConfigError | OSError] = {}
+_failed: dict[tuple[str, str], Exception] = {}
 _loaded: dict[tuple[str, str], ctypes.CDLL] = {}
 _better: dict[tuple[str, str], Path] = {}
 _loading = threading.Lock()
 _threads: list[threading.Thread] = []
-_leaving = threading.Event()
+_leaving = False
 
 
 def _path(group: str, element: str, *, quickly: bool = False) -> Path:

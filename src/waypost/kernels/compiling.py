@@ -104,7 +104,6 @@ def compile_library(
     flags = [QUICK if quickly else FAST, *FLAGS, *processor]
     call = [nice, "-n", "19", cxx] if idly and (nice := shutil.which("nice")) is not None else [cxx]
     folder = Path(tempfile.mkdtemp(prefix=COMPILING, dir=to.parent))
-    _FOLDERS.add(folder)
     try:
         objects = [folder / f"{i}.o" for i in range(len(units))]
         commands = []
@@ -119,7 +118,6 @@ def compile_library(
         os.replace(out, to)  # another process may have built the same file meanwhile: either one is right
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _FOLDERS.discard(folder)
 
 
 def clear(folder: Path) -> None:
@@ -163,7 +161,7 @@ class _Compilers:
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
-        self._lock = threading.RLock()  # `abandon` may be called by a signal that comes in the middle of `_begin`
+        self._lock = threading.RLock()  # `abandon` may be interrupted by a signal that calls it
         self._over = False
 
     def run(self, commands: Iterable[list[str]], environment: Mapping[str, str], at_once: int) -> None:
@@ -221,16 +219,8 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 _COMPILERS = _Compilers()
-_FOLDERS: set[Path] = set()
-"""Where something is being compiled."""
 
 
 def abandon() -> None:
     """Ends what is being compiled, here and from now on: who waits for it gets a CompileError."""
     _COMPILERS.abandon()
-
-
-def sweep() -> None:
-    """Removes what was abandoned and nobody else will: its thread was interrupted by the signal that ends the process."""
-    for folder in list(_FOLDERS):
-        shutil.rmtree(folder, ignore_errors=True)

@@ -30,6 +30,9 @@ ASSETS = (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE, SPECIAL_MAP, ADDED)
 """The files that make a tokenizer; only tokenizer.json is required."""
 MORE_TEMPLATES = "additional_chat_templates/"
 """Folder of further chat templates, NAME.jinja each."""
+LONG_TEXT = 10_000
+"""Characters from which on a text is encoded as a batch, which lets go of the interpreter's lock: nobody waits for somebody's
+long text. A shorter one is done in two milliseconds."""
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OUTDATED = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
@@ -84,7 +87,7 @@ class Tokenizer:
         special=True: special tokens in the text become their ids, and the tokenizer's own post-processor adds what it
         adds, such as a beginning-of-text token (transformers: encode(text)).
         """
-        if len(text) > 10_000:  # a batch lets go of the interpreter's lock: nobody waits for somebody's long text
+        if len(text) > LONG_TEXT:
             return self.encode_batch([text], special=special)[0]
         fast = self._fast if special else self._literal
         return list(fast.encode(_check(text), add_special_tokens=special).ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 
@@ -20,6 +21,8 @@ def test_a_server_ends_though_nobody_reads_what_it_says(silence: Exception) -> N
         raise silence
 
     class Watched(Service):
+        state = ("ready", "")
+
         def close(self) -> None:
             events.append(f"closed with {self.in_flight} in flight")
             super().close()
@@ -27,8 +30,8 @@ def test_a_server_ends_though_nobody_reads_what_it_says(silence: Exception) -> N
     async def main() -> None:
         service = Watched("m")
         service.in_flight = 3
-        ending = Ending(service, lambda: events.append("stopped"), 60.0, say)
-        ending.begin()
+        ending = Ending(service, lambda: events.append("stopped"), 60.0, say, lambda _: pytest.fail("it is not loading"))
+        ending.begin(signal.SIGTERM)
         assert ending._task is not None
         for _ in range(10):  # turns of the loop, of which the words take the first
             await asyncio.sleep(0)

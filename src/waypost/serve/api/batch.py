@@ -139,7 +139,7 @@ class Batch:
         try:
             with out.open("a", encoding="utf-8") as stream, progress("batch", len(lines), "requests") as bar:
                 bar.advance(len(done))
-                for answer in self._answers([line for line in lines if line.custom_id not in done], bar):
+                for answer in self._answers([line for line in lines if line.custom_id not in done], tally, bar):
                     failed = answer["response"] is None or answer["response"]["status_code"] != 200
                     tally.failed += failed
                     tally.answered += not failed
@@ -153,7 +153,7 @@ class Batch:
             raise
         return tally
 
-    def _answers(self, lines: list[Line], bar: Progress) -> Iterator[dict[str, Any]]:
+    def _answers(self, lines: list[Line], tally: Tally, bar: Progress) -> Iterator[dict[str, Any]]:
         room = AHEAD * self._engine.scheduler.ledger.max_sequences
         todo = iter(lines)
         exhausted, num_tokens = False, 0
@@ -168,7 +168,8 @@ class Batch:
                     yield refusal
             deltas = self._engine.step(stride.MOST)
             num_tokens += sum(len(delta.tokens) for delta in deltas)
-            bar.advance(0, note=f"{num_tokens:,} tokens, {len(self._running)} running")
+            failed = f", {tally.failed} failed" if tally.failed else ""
+            bar.advance(0, note=f"{num_tokens:,} tokens, {len(self._running)} running{failed}")
             for delta in deltas:
                 finished = self._take(delta)
                 if finished is not None:

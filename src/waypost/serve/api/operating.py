@@ -36,8 +36,8 @@ async def index(request: Request) -> Response:
 
 @router.get("/health", responses=HEALTH)
 async def health(request: Request) -> Response:
-    """200 once the model is loaded, and while running requests finish; 503 with the reason before, and when the engine died:
-    then the server should be started again."""
+    """200 once the model is loaded, and until the server is gone; 503 with the reason before, and when the engine died: then it
+    should be started again."""
     return _state(request, "ready", "stopping")
 
 

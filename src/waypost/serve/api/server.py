@@ -64,20 +64,25 @@ def url(sock: socket.socket) -> str:
 
 class Ending:
     """From the first SIGTERM or SIGINT on: no new requests, running ones may finish until the deadline; a second signal
-    ends them now."""
+    ends them now. While there is no engine yet, a signal is `at_once`'s, for nothing runs that could finish."""
 
-    def __init__(self, service: Service, stop: Callable[[], None], drain_s: float, say: Callable[[str], None]) -> None:
-        self._service, self._stop, self._drain_s, self._say = service, stop, drain_s, say
+    def __init__(
+        self, service: Service, stop: Callable[[], None], drain_s: float, say: Callable[[str], None],
+        at_once: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self._service, self._stop, self._drain_s, self._say, self._at_once = service, stop, drain_s, say, at_once
         self._task: asyncio.Task[None] | None = None
         self._now = asyncio.Event()
 
-    def begin(self) -> None:
-        """The first call starts the end, the second hurries it."""
-        if self._task is not None:
+    def begin(self, number: int) -> None:
+        """The first signal starts the end, the second hurries it."""
+        if self._service.state[0] == "loading":
+            self._at_once(number)
+        elif self._task is not None:
             self._now.set()
-            return
-        self._service.stopping = True
-        self._task = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self._service.stopping = True
+            self._task = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
         try:
@@ -108,11 +113,14 @@ def complete_routes(app: FastAPI) -> None:
         route.matches(scope)
 
 
-def run(app: FastAPI, sock: socket.socket, load: Callable[[], None], *, drain_s: float, say: Callable[[str], None]) -> None:
+def run(
+    app: FastAPI, sock: socket.socket, load: Callable[[], None], *, drain_s: float, say: Callable[[str], None],
+    at_once: Callable[[int], None],
+) -> None:  # fmt: skip
     """Serves `app` on `sock` until SIGTERM or SIGINT, and returns when everything has ended. For the main thread alone.
 
     `load` attaches the engine; it runs on a thread of its own while the server answers 503. What it raises ends the
-    server and is raised here.
+    server and is raised here. A signal meanwhile is `at_once`'s, which gets its number and ends the process.
     """
     import uvicorn
 
@@ -139,15 +147,18 @@ def run(app: FastAPI, sock: socket.socket, load: Callable[[], None], *, drain_s:
             stop()
 
     async def main() -> None:
-        ending = Ending(app.state.service, stop, drain_s, say)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, ending.begin)
+        ending = Ending(app.state.service, stop, drain_s, say, at_once)
+        for number in before:
+            asyncio.get_running_loop().add_signal_handler(number, ending.begin, number)
         thread.start()
         complete_routes(app)
         await server.serve(sockets=[sock])
 
     thread = threading.Thread(target=loading, name="waypost-load", daemon=True)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     asyncio.run(main())
+    for number, handler in before.items():
+        signal.signal(number, handler)
     thread.join()  # native code that is cut off while it loads would abort the process
     if failure:
         raise failure[0]
