@@ -93,6 +93,13 @@ def test_without_compiler_and_library_the_plain_kernels_serve(monkeypatch: pytes
     assert build.available(), "a wheel's library needs no compiler"
 
 
+@pytest.mark.skipif(compiling.compiler() is None, reason="this machine has no C++ compiler")
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone" / "kernels.so"
+    with pytest.raises(ConfigError, match=r"gone: No such file or directory; make room there, or set XDG_CACHE_HOME"):
+        build._build(gone, "pass", "float", quickly=False, idly=False)
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
     """What was compiled, by a compiler that takes its time and knows no group "bad"."""

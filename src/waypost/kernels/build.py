@@ -239,7 +239,12 @@ def _build(path: Path, group: str, element: str, *, quickly: bool, idly: bool) -
         say(f"compiling kernels for this processor, once: {group} in {element}{rest}")
     try:
         compiling.compile_library(cxx, path, compiling.units(group, element), quickly=quickly, idly=idly)
-    except (compiling.CompileError, OSError) as error:
+    except compiling.CompileError as error:
         raise ConfigError(
             f"the C++ kernels could not be compiled; choose kernel='naive', and report it if it is our fault:\n{error}"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"the C++ kernels could not be compiled in {path.parent}: {error.strerror}; make room there, or set XDG_CACHE_HOME "
+            "to a folder that can be written"
         ) from error
