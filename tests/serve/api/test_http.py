@@ -286,6 +286,20 @@ def test_a_client_that_hangs_up_frees_the_engine(checkpoint: str, stream: bool, 
     assert (line["status"], line["error"]) == (200 if stream else 499, "client_gone")
 
 
+def test_a_client_that_hangs_up_in_its_body_is_no_mistake_of_ours(checkpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    lines: list[str] = []
+    with make_live(checkpoint, log=lines.append) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model": ')
+            eventually(lambda: live.app.state.service.in_flight == 1)
+        eventually(lambda: lines)
+        assert live.post("/v1/completions", ASK).status_code == 200
+    line = json.loads(lines[0])
+    assert (line["status"], line["error"]) == (499, "client_gone")
+    assert "Traceback" not in caplog.text
+
+
 def hang_up(live: Live, permits: threading.Semaphore, body: dict[str, Any]) -> None:
     raw = json.dumps(body).encode()
     host, port = live.url.removeprefix("http://").split(":")

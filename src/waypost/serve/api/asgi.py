@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -31,13 +31,16 @@ def refuse(error: ApiError) -> Response:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body; ApiError 413 beyond MAX_BODY_BYTES."""
+    """The whole body; ApiError 413 beyond MAX_BODY_BYTES, and CLIENT_GONE where the client hangs up before its end."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise ApiError(413, f"The body is longer than {MAX_BODY_BYTES} bytes", code="body_too_long")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                raise ApiError(413, f"The body is longer than {MAX_BODY_BYTES} bytes", code="body_too_long")
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise ApiError(CLIENT_GONE, "The client hung up before the end of the body", code=GONE) from error
     return b"".join(parts)
 
 
