@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from waypost.cli import main
+from waypost.cli._serving import callers_of, check_room
 from waypost.cli._story import invitation
-from waypost.cli.serve import check_room
 from waypost.core.errors import ConfigError
 from waypost.serve.api.server import listen, url
 from waypost.serve.engine import Engine
@@ -118,6 +118,29 @@ def test_a_checkpoint_that_cannot_be_loaded_ends_the_server(checkpoint: Path, tm
     assert done.returncode == 1
     assert "CheckpointError" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_key_that_is_empty_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert callers_of(None, None) is None
+    monkeypatch.setenv("WAYPOST_API_KEY", "")
+    with pytest.raises(ConfigError, match="would be open to everybody"):
+        callers_of(None, None)
+    with pytest.raises(ConfigError, match="not empty"):
+        callers_of("", None)
+
+
+def test_what_never_sends_its_body_keeps_no_server(checkpoint: Path) -> None:
+    with serving(checkpoint, "--drain", 300) as (process, where):
+        host, port = where.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model": ')
+            assert httpx.get(where + "/health").status_code == 200  # it came later, so the other is being read
+            process.send_signal(signal.SIGTERM)
+            answer = connection.recv(4096).decode()
+            code, err = end_of(process)
+    assert answer.startswith("HTTP/1.1 503 ")
+    assert (code, err.splitlines()[-1]) == (0, "stopped")
+    assert "Traceback" not in err
 
 
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,22 @@ def test_without_compiler_and_library_the_plain_kernels_serve(monkeypatch: pytes
 
 
 @pytest.mark.skipif(compiling.compiler() is None, reason="this machine has no C++ compiler")
+def test_a_library_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    """As a machine that lost its power may leave it; to load it is a bus error."""
+    source, library = tmp_path / "seven.cpp", tmp_path / "seven.so"
+    source.write_text('extern "C" int seven() { return 7; }')
+    cxx = compiling.compiler()
+    assert cxx is not None
+    assert not compiling.whole(library)
+    compiling.compile_library(cxx, library, [([source], "float")])
+    assert compiling.whole(library)
+    raw = library.read_bytes()
+    for size in (0, 10, 64, 1000, len(raw) // 2, len(raw) - 1):
+        library.write_bytes(raw[:size])
+        assert not compiling.whole(library), size
+
+
+@pytest.mark.skipif(compiling.compiler() is None, reason="this machine has no C++ compiler")
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     gone = tmp_path / "gone" / "kernels.so"
     with pytest.raises(ConfigError, match=r"gone: No such file or directory; make room there, or set XDG_CACHE_HOME"):
@@ -114,6 +130,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]
         path.touch()
 
     monkeypatch.setattr(build, "_build", make)
+    monkeypatch.setattr(compiling, "whole", Path.exists)
     for what in ("_begun", "_failed", "_loaded", "_better"):
         monkeypatch.setattr(build, what, {})  # what engines of other tests began, and never waited for
     monkeypatch.setattr(build, "_cache_dir", lambda: tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from waypost.core.batch import Batch
 from waypost.core.errors import CapacityError, CheckpointError, ConfigError, NumericsError
-from waypost.kernels import select
+from waypost.kernels import build, memory, select
 from waypost.kernels.build import available
 from waypost.kernels.linear import packed as packed_module
 from waypost.kernels.linear.cpu import Packed, pack
@@ -111,6 +112,33 @@ def test_end_tokens_of_the_generation_config(tmp_path: Path, written: dict[str, 
     if written is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(written))
     assert loading.generation_eos(tmp_path) == want
+
+
+@pytest.mark.parametrize("wrong", ["x", [1, "x"], 1.5, True, {"id": 1}])
+def test_end_tokens_that_are_none_are_named(tmp_path: Path, wrong: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id=.*: must be a token id or a list of them"):
+        loading.generation_eos(tmp_path)
+
+
+def test_a_machine_without_a_compiler_says_what_that_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    loading.load(checkpoint, "exact", "naive", None)
+    assert "install g++" not in capsys.readouterr().err
+    monkeypatch.setattr(build, "available", lambda: False)
+    loading.load(checkpoint, "exact", "auto", None)
+    assert "install g++" in capsys.readouterr().err
+
+
+def test_more_pages_than_there_is_memory_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*_: object) -> Tensor:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(memory, "empty", empty)
+    with pytest.raises(CapacityError, match=r"num_pages=1,000: no room for pages of [\d,]+ bytes each"):
+        PagedKv(tiny_config(), 1000, torch.float32)
 
 
 def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ import typer
 
 from waypost.cli._adapters import add_adapters
 from waypost.cli._answer import tokenizer_of
+from waypost.cli._serving import aim, callers_of, check_asked, check_room
 from waypost.cli._shared import (
     Arithmetic,
     AsJson,
@@ -31,13 +31,11 @@ from waypost.cli._shared import (
     torch_dtype,
 )
 from waypost.cli._story import Story, invitation, tell_loaded
-from waypost.core.errors import ConfigError
 from waypost.core.heap import uncollected
 from waypost.core.progress import say
 
 if TYPE_CHECKING:
     from waypost.model.tokenizer import Tokenizer
-    from waypost.serve.api.access import Callers
     from waypost.serve.api.service import Service
     from waypost.serve.engine import Engine
 
@@ -93,7 +91,11 @@ def command(
     scheduling: SchedulingName = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="WAYPOST_API_KEY", help="Ask for this bearer token on /v1.", show_default="none is asked for"),
+        typer.Option(
+            envvar="WAYPOST_API_KEY",
+            help="Ask for this bearer token on /v1 and /(de)tokenize.",
+            show_default="none is asked for",
+        ),
     ] = None,
     api_keys: Annotated[
         Path | None,
@@ -197,54 +199,8 @@ def command(
     run(app, sock, load, drain_s=drain, say=say, at_once=end_at_once)
 
 
-def callers_of(api_key: str | None, api_keys: Path | None) -> Callers | None:
-    """Who may use the server; None: everybody."""
-    from waypost.serve.api.access import Caller, Callers
-
-    if api_key is not None and api_keys is not None:
-        raise ConfigError("give --api-key or --api-keys, not both; put the key into the file")
-    given = None if api_key is None else Callers([Caller(name="default", key=api_key)])
-    return given if api_keys is None else Callers.read(api_keys)
-
-
-def check_asked(checkpoint: Path, scheduling: str | None, *targets_s: float | None) -> None:
-    """ConfigError for what can be seen to be wrong before anything is loaded."""
-    if scheduling is not None and any(target is not None for target in targets_s):
-        raise ConfigError("--scheduling and the targets of time choose one policy each; leave --scheduling out, or the targets")
-    if not checkpoint.exists():
-        raise ConfigError(f"{checkpoint}: there is no such folder; give a checkpoint, or make one with waypost import")
-
-
 def attach(service: Service, engine: Engine, checkpoint: str) -> Tokenizer | None:
     """Gives the engine to the server, with its tokenizer, which is returned; None: it was told to stop meanwhile."""
     service.checkpoint = checkpoint
     service.attach(engine, tokenizer := tokenizer_of(engine, checkpoint))
     return tokenizer if service.state[0] == "ready" else None
-
-
-def check_room(engine: Engine) -> None:
-    """ConfigError where the cache cannot hold one request of the context that the server would promise."""
-    from waypost.kernels.ops import PAGE_TOKENS
-    from waypost.serve.pages import pages_for
-
-    pages, context = engine.pool.total, engine.max_seq_len
-    if pages * PAGE_TOKENS < context:
-        raise ConfigError(
-            f"the cache holds {pages * PAGE_TOKENS} tokens (num_pages={pages}), and one request may have {context}: give "
-            f"--num-pages of at least {pages_for(context)}, or --max-seq-len of at most {pages * PAGE_TOKENS}"
-        )
-
-
-def aim(story: Story, engine: Engine, time_between_tokens_s: float | None, time_to_first_token_s: float | None) -> None:
-    """Measures what steps cost and lets the engine schedule for the targets, where there is one."""
-    if time_between_tokens_s is None and time_to_first_token_s is None:
-        return
-    from waypost.serve.costs import measure
-    from waypost.serve.scheduling import Latency
-
-    policy = Latency(time_to_first_token_s=time_to_first_token_s)  # before anything is measured: wrong targets are cheap
-    if time_between_tokens_s is not None:
-        policy = replace(policy, time_between_tokens_s=time_between_tokens_s)
-    costs = measure(engine)
-    engine.scheduler.policy = replace(policy, costs=costs)
-    story.tell("measure", f"a step takes {1e3 * costs.base_s:.1f} ms and {1e3 * costs.token_s:.2f} ms a token")

@@ -80,7 +80,7 @@ def _compiled(group: str, element: str) -> Future[Path]:
         begun = _begun.get((group, element))
         if begun is None:
             begun = _begun[group, element] = Future()
-            if (path := _path(group, element)).exists():
+            if compiling.whole(path := _path(group, element)):
                 begun.set_result(path)
             else:
                 _start(functools.partial(_fulfil, begun, _file, group, element))
@@ -122,7 +122,7 @@ def _fulfil(future: Future[Path], work: Callable[..., Path], *args: object, **ho
 def _soon(group: str, element: str) -> Path:
     """A library that runs: the fast one where it is there, else one that is compiled quickly."""
     path = _path(group, element)
-    return path if path.exists() else _file(group, element, quickly=True)
+    return path if compiling.whole(path) else _file(group, element, quickly=True)
 
 
 def _idly(groups: dict[str, Future[Path]], after: dict[str, Future[Path]], element: str) -> None:
@@ -187,7 +187,7 @@ def _path(group: str, element: str, *, quickly: bool = False) -> Path:
 
 def _file(group: str, element: str, *, quickly: bool = False, idly: bool = False) -> Path:
     path = _path(group, element, quickly=quickly)
-    if not path.exists():
+    if not compiling.whole(path):
         _build(path, group, element, quickly=quickly, idly=idly)
     return path
 

@@ -12,6 +12,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -115,9 +116,27 @@ def compile_library(
         _COMPILERS.run(commands, environment, at_once=1 if idly else os.cpu_count() or 1)
         out = folder / to.name
         _COMPILERS.run([[*call, *flags, "-shared", "-o", str(out), *map(str, objects)]], environment, at_once=1)
+        with out.open("rb+") as stream:  # on disk before it has its name: a library cut short kills who loads it
+            os.fsync(stream.fileno())
         os.replace(out, to)  # another process may have built the same file meanwhile: either one is right
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def whole(path: Path) -> bool:
+    """Whether the library at `path` is there to its end: of an ELF file that is where the table of its sections stands."""
+    try:
+        with path.open("rb") as stream:
+            head, size = stream.read(64), os.fstat(stream.fileno()).st_size
+    except OSError:
+        return False
+    if platform.system() != "Linux":
+        return size > 0
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+        return False
+    table = int.from_bytes(head[40:48], sys.byteorder)  # e_shoff, e_shentsize and e_shnum of an ELF header of 64 bits
+    entry, count = (int.from_bytes(head[at : at + 2], sys.byteorder) for at in (58, 60))
+    return table + entry * count <= size
 
 
 def clear(folder: Path) -> None:

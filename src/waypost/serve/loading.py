@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from waypost.core.errors import CapacityError, ConfigError, NumericsError, counted
 from waypost.core.progress import say
 from waypost.keep import image
+from waypost.kernels import build
 from waypost.kernels.call import WIDE
 from waypost.kernels.choose import select
 from waypost.kernels.linear.packed import PackedLinear
@@ -69,6 +70,8 @@ def load(
         say(f"{folder}: holds an adapter beside the model, and the model is loaded without it; --lora lets it answer (waypost "
             "serve: --lora NAME=FOLDER), and recipes/lora-merge.yaml merges it into the weights")  # fmt: skip
     plain_ops = select(numerics, kernel)
+    if kernel == "auto" and not build.available():
+        say("no C++ compiler is at hand, so plain PyTorch kernels run, several times slower: install g++ (or say kernel naive)")
     with ThreadPoolExecutor(1, "waypost-tokenizer") as beside:  # read while kernels check and pack the weights
         reading = beside.submit(_read_tokenizer, folder) if (folder / "tokenizer.json").exists() else None
         model = quantized.load(opened, dtype, plain_ops, packed=arithmetic is None, verify=False)
@@ -107,7 +110,10 @@ def generation_eos(folder: Path) -> list[int]:
         eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{path}: not a JSON object ({error}); repair or remove it") from error
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(each) is int for each in ids):
+        raise ConfigError(f"{path}: eos_token_id={eos!r}: must be a token id or a list of them; repair or remove it")
+    return ids
 
 
 def context_length(config: ModelConfig, asked: int | None) -> int:

@@ -127,7 +127,13 @@ class PagedKv:
     def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype, counting: bool = False) -> None:
         shapes = [(layer.mixer.num_key_value_heads, layer.mixer.head_dim) for layer in config.layers]
         sizes = [groups * width * P for groups, width in shapes for _ in "kv"]
-        self._storage = memory.empty((num_pages, sum(sizes)), dtype)
+        try:
+            self._storage = memory.empty((num_pages, sum(sizes)), dtype)
+        except OSError as error:
+            raise CapacityError(
+                f"num_pages={num_pages:,}: no room for pages of {sum(sizes) * dtype.itemsize:,} bytes each; give fewer, or "
+                "leave it out: then the memory at hand decides"
+            ) from error
         halves = self._storage.split(sizes, dim=1)
         self.k_pages = [
             half.unflatten(1, (groups, width, P)) for half, (groups, width) in zip(halves[::2], shapes, strict=True)

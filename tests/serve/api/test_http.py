@@ -63,6 +63,8 @@ def test_unknown_routes_and_methods_answer_in_openais_form(live: Live) -> None:
     reply = live.get("/v1/completions")
     assert reply.status_code == 405
     assert "method" in error_of(reply)["message"]
+    assert reply.headers["allow"] == "POST"
+    assert len(live.get("/" + 10_000 * "a").content) < 500
     assert error_of(live.get("/v1/models/other"))["code"] == "model_not_found"
 
 

@@ -70,7 +70,9 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
     callers = Callers.read(path)
     assert callers.find("Bearer sk-1") == Caller(name="alice", key="sk-1")
     assert callers.find("Bearer sk-2") == Caller(name="bob", key="sk-2", weight=2.0, priority=-1, max_in_flight=4)
-    for wrong in ("Bearer sk-3", "sk-1", "", "bearer sk-1", "Bearer sk-1 ", "Bearer \xff"):
+    for same in ("bearer sk-1", "BEARER sk-1"):  # RFC 9110, section 11.1: the scheme's case says nothing
+        assert callers.find(same) == callers.find("Bearer sk-1")
+    for wrong in ("Bearer sk-3", "sk-1", "", "Bearer", "Bearer ", "Basic sk-1", "Bearer SK-1", "Bearer sk-1 ", "Bearer \xff"):
         assert callers.find(wrong) is None
     assert Callers([]).find("") is ANYONE
 

@@ -52,7 +52,7 @@ class Callers:
         twice = next((c.name for c in callers if keys.count(c.key) > 1), None)
         if twice is not None:
             raise ConfigError(f"API key '{twice}' is another holder's key too; give each its own")
-        self._callers = [(f"Bearer {caller.key}".encode(), caller) for caller in callers]
+        self._callers = [(caller.key.encode(), caller) for caller in callers]
 
     @classmethod
     def read(cls, path: str | Path) -> Callers:
@@ -74,9 +74,10 @@ class Callers:
         """Who sends this header; None: nobody that is known. Takes as long whichever key matches."""
         if not self._callers:
             return ANYONE
-        given = authorization.encode("latin-1", "replace")
+        scheme, _, key = authorization.partition(" ")
+        given = key.encode("latin-1", "replace") if scheme.lower() == "bearer" else b""  # no key is empty
         found = None
-        for key, caller in self._callers:
-            if secrets.compare_digest(given, key):
+        for known, caller in self._callers:
+            if secrets.compare_digest(given, known):
                 found = caller
         return found

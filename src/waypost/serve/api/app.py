@@ -175,8 +175,8 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), error
     what = {404: "There is no such route", 405: "This route does not take that method"}.get(error.status_code)
-    message = f"{what or error.detail}: {request.method} {request.url.path}"
-    return refuse(ApiError(error.status_code, message))
+    message = f"{what or error.detail}: {request.method} {request.url.path[:200]}"
+    return refuse(ApiError(error.status_code, message, headers=error.headers))
 
 
 async def _on_mistake(_: Request, error: Exception) -> Response:

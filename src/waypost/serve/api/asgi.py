@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from waypost.serve.api.errors import ApiError
+from waypost.serve.api.errors import ApiError, cut_off
 from waypost.serve.api.record import Record
 
 T = TypeVar("T")
@@ -31,16 +31,24 @@ def refuse(error: ApiError) -> Response:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body; ApiError 413 beyond MAX_BODY_BYTES, and CLIENT_GONE where the client hangs up before its end."""
+    """The whole body; ApiError 413 beyond MAX_BODY_BYTES, CLIENT_GONE where the client hangs up before its end, 503 where the
+    server stops before it."""
+    service = request.app.state.service
     parts, size = [], 0
     try:
-        async for part in request.stream():
-            size += len(part)
-            if size > MAX_BODY_BYTES:
-                raise ApiError(413, f"The body is longer than {MAX_BODY_BYTES} bytes", code="body_too_long")
-            parts.append(part)
+        async with asyncio.timeout(0.0 if service.stopping else None) as limit:
+            service.reading.add(limit)
+            async for part in request.stream():
+                size += len(part)
+                if size > MAX_BODY_BYTES:
+                    raise ApiError(413, f"The body is longer than {MAX_BODY_BYTES} bytes", code="body_too_long")
+                parts.append(part)
     except ClientDisconnect as error:
         raise ApiError(CLIENT_GONE, "The client hung up before the end of the body", code=GONE) from error
+    except TimeoutError as error:
+        raise cut_off() from error
+    finally:
+        service.reading.discard(limit)
     return b"".join(parts)
 
 

@@ -169,7 +169,7 @@ class Batch:
             deltas = self._engine.step(stride.MOST)
             num_tokens += sum(len(delta.tokens) for delta in deltas)
             failed = f", {tally.failed} failed" if tally.failed else ""
-            bar.advance(0, note=f"{num_tokens:,} tokens, {len(self._running)} running{failed}")
+            bar.advance(0, note=f"{num_tokens:,} tokens{failed}")
             for delta in deltas:
                 finished = self._take(delta)
                 if finished is not None:

@@ -37,7 +37,7 @@ class Record:
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": self.request_id,
             "method": self.method,
-            "path": self.path,
+            "path": self.path[:1000],
             "status": self.status,
             "total_s": round(time.monotonic() - self.began_s, 6),
             "caller": self.caller or None,

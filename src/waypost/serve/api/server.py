@@ -81,7 +81,7 @@ class Ending:
         elif self._task is not None:
             self._now.set()
         else:
-            self._service.stopping = True
+            self._service.stop()
             self._task = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:

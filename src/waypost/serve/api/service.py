@@ -44,6 +44,8 @@ class Service:
         """Where the weights in use come from."""
         self.in_flight = 0
         """Requests that are being answered."""
+        self.reading: set[asyncio.Timeout] = set()
+        """Of the requests whose body is still on its way."""
         self._ready: tuple[Engine, Tokenizer] | None = None
         self._thread: EngineThread | None = None
         self._mailbox: Mailbox | None = None
@@ -64,6 +66,12 @@ class Service:
         if self.stopping:
             return "stopping", "the server is shutting down and takes no requests"
         return ("ready", "") if self._ready is not None else ("loading", "the model is still being loaded")
+
+    def stop(self) -> None:
+        """Refuses new requests from now on, and those whose body has not come yet: who knows whether it ever will."""
+        self.stopping = True
+        for limit in self.reading:
+            limit.reschedule(asyncio.get_running_loop().time())
 
     def require(self, model: str | None) -> tuple[Engine, Tokenizer]:
         """What answers a request for `model`; ApiError 503 if nothing does now, 404 if it never will."""
