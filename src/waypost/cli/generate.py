@@ -79,7 +79,7 @@ def command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With --batch: the answers. An id that it has an answer to is not asked again."),
+        typer.Option(metavar="FILE", help="With --batch: the answers; what it answers already is not asked again."),
     ] = None,
     max_sequences: Annotated[int, typer.Option(min=1, help="With --batch: most answers in progress at once.")] = 64,
     lora: LoraPath = None,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from waypost.cli import main
 from waypost.core.errors import ConfigError
 from waypost.model.tokenizer import Tokenizer
-from waypost.serve.api.batch import Batch, Line, Tally, read_lines, take_up
+from waypost.serve.api.batch import Batch, Tally
+from waypost.serve.api.batch_file import read_lines, take_up
 from waypost.serve.engine import Engine
 from waypost.serve.request import Delta
 from waypost.serve.sampling import Sampling
@@ -97,6 +98,22 @@ def test_what_was_answered_is_kept_and_errors_are_tried_again(engine: Engine, tm
     assert (tally.kept, tally.answered, tally.failed) == (4, 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("change", "defaults"), [({"prompt": "other"}, {}), ({"temperature": 0.5}, {}), ({}, {"max_tokens": 2}), ({}, {"seed": 7})]
+)
+def test_an_answer_to_another_request_of_the_same_name_is_not_kept(
+    engine: Engine, tmp_path: Path, change: dict[str, Any], defaults: dict[str, Any]
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    line = {"custom_id": "a", "prompt": "x"}
+    run(engine, write(source, [line]), out)
+    assert run(engine, source, out)[0].kept == 1
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match=r"out\.jsonl:1: answers 'a' as it was asked before.*name another --out"):
+        run(engine, write(source, [{**line, **change}]), out, **defaults)
+    assert out.read_bytes() == before
+
+
 def test_interrupted_it_says_what_there_is_and_goes_on_with_the_rest(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,7 +163,7 @@ def test_torn_anywhere_it_is_repaired_and_gives_the_same_answers(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"custom_id": "other", "response": null, "error": null}\n', "does not ask"),
+        ('{"id": "batch-1", "custom_id": "other", "response": null, "error": null}\n', "does not ask"),
         ("my notes\n", "is no answer of a batch"),
         ('{"a": 1}\n', "is no answer of a batch"),
     ],
@@ -155,7 +172,7 @@ def test_another_file_is_not_written_over(content: str, says: str, tmp_path: Pat
     out = tmp_path / "out.jsonl"
     out.write_text(content)
     with pytest.raises(ConfigError, match=says):
-        take_up(out, [Line("a")])
+        take_up(out, {"a": "batch-1"})
     assert out.read_text() == content
 
 
