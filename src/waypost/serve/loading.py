@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from waypost.core.errors import CapacityError, ConfigError, NumericsError, counted
 from waypost.core.progress import say
 from waypost.keep import image
-from waypost.kernels import build
 from waypost.kernels.call import WIDE
 from waypost.kernels.choose import select
 from waypost.kernels.linear.packed import PackedLinear
@@ -70,7 +69,7 @@ def load(
         say(f"{folder}: holds an adapter beside the model, and the model is loaded without it; --lora lets it answer (waypost "
             "serve: --lora NAME=FOLDER), and recipes/lora-merge.yaml merges it into the weights")  # fmt: skip
     plain_ops = select(numerics, kernel)
-    if kernel == "auto" and not build.available():
+    if kernel == "auto" and plain_ops.name == "naive":
         say("no C++ compiler is at hand, so plain PyTorch kernels run, several times slower: install g++ (or say kernel naive)")
     with ThreadPoolExecutor(1, "waypost-tokenizer") as beside:  # read while kernels check and pack the weights
         reading = beside.submit(_read_tokenizer, folder) if (folder / "tokenizer.json").exists() else None

@@ -158,7 +158,8 @@ def run(
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     asyncio.run(main())
     for number, handler in before.items():
-        signal.signal(number, handler)
+        if handler is not None:  # one that Python did not set, and cannot set again
+            signal.signal(number, handler)
     thread.join()  # native code that is cut off while it loads would abort the process
     if failure:
         raise failure[0]
