@@ -40,7 +40,7 @@ def decoded(weight: Packed) -> Tensor:
         places = listed[:, 0].tolist()
         for place, bits in listed[: places.index(-1)].tolist():
             panel[place] = bits & 0xFFFF
-        assert sorted(range(places.index(-1)), key=lambda n: places[n] // (GROUP * 2 * PANEL)) == list(range(places.index(-1)))
+        assert places[: places.index(-1)] == sorted(places[: places.index(-1)])
     return found.to(torch.int32).bitwise_and(0xFFFF).sub(0x8000).bitwise_xor(-0x8000).to(torch.int16).view(weight.panels.shape)
 
 

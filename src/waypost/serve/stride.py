@@ -26,7 +26,7 @@ from waypost.serve.sampling import Likeliest
 from waypost.serve.scheduler import Scheduler
 from waypost.serve.scheduling import Span
 
-MOST = 8
+MOST = 16
 """Passes in one go: most of what the interpreter takes is saved."""
 
 

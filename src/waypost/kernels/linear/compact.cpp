@@ -18,7 +18,7 @@ namespace waypost {
 namespace {
 
 constexpr int kGroup = 4;  // pairs
-constexpr long kGroupBytes = 192 * kVectors, kGroupWeights = 2 * kGroup * kPanel;
+constexpr long kGroupBytes = 192 * kVectors;
 constexpr int kCodes = 15;  // exponents in a row; the code behind them is zero's
 constexpr long kAhead = 16 * kGroupBytes;  // bytes that are asked for before they are used
 
@@ -38,26 +38,24 @@ template <int I> inline VecU weights_of(const uint8_t *vector, VecW table) {
   const VecW moved = I % 2 ? both >> 8 : both << 8, sign = I % 2 ? both : moved, mantissa = I % 2 ? moved : both;
   return (VecU)((sign & 0x8000) | __builtin_shuffle(table, codes) | (mantissa & 0x007f));
 }
-template <int I> inline void weights_of(const uint8_t *group, VecW table, VecU (&w)[kVectors]) {
+// One weight of a pair's vectors. In registers: with eight rows none is free to hold them across a call.
+inline void put(VecU (&w)[kVectors], int place, uint16_t bits) {
 #pragma GCC unroll 3
-  for (int v = 0; v < kVectors; ++v) w[v] = weights_of<I>(group + 192 * v, table);
+  for (int v = 0; v < kVectors; ++v)
+    if (place / (2 * kLanes) == v) {
+      VecW lanes = (VecW)w[v];
+      lanes[place % (2 * kLanes)] = bits;
+      w[v] = (VecU)lanes;
+    }
 }
 
-// A group whose weights are not all in the codes, as it lies in a panel.
-ALONE void write_group(const uint8_t *group, VecW table, long first, const Escape *&next, Pair *to) {
-  const auto write = [&](auto i) {
-    VecU w[kVectors];
-    weights_of<decltype(i)::count>(group, table, w);
-    for (int v = 0; v < kVectors; ++v) store(to + decltype(i)::count * kPanel + v * kLanes, w[v]);
-  };
-  write(Rows<0>()), write(Rows<1>()), write(Rows<2>()), write(Rows<3>());
-  for (; next->at < first + kGroupWeights; ++next) std::memcpy((uint16_t *)to + (next->at - first), &next->bits, sizeof(uint16_t));
-}
-
-// Where the codes end that a thread reads one behind the other, as far as it knows, and where those begin that it reads after them.
+// A panel's codes end here, and those that its thread reads after them, as far as it knows, begin there.
 struct Reading {
   const uint8_t *end, *then;
 };
+
+// What stands before a use of `p` is not done after it, nor the other way round.
+inline void stay(const uint8_t *&p) { asm volatile("" : "+r"(p)); }
 
 // R rows times one panel, in the order of `tile` (panels.h).
 template <int R>
@@ -69,22 +67,18 @@ void few_rows(const bf16 *x, long pairs, const uint8_t *group, uint16_t top, con
   for (long k = 0; k < pairs; k += kGroup, group += kGroupBytes) {
     const long over = group + kAhead - reading.end;
     const uint8_t *const ahead = over < 0 ? group + kAhead : reading.then + over;
-    for (long i = 0; i < kGroupBytes; i += 64) __builtin_prefetch(ahead + i, 0, 0);
-    const bf16 *const here_x = x + 2 * k;
-    if (__builtin_expect(next->at < (k + kGroup) * 2 * kPanel || k + kGroup > pairs, 0)) {
-      Pair written[kGroup * kPanel];
-      write_group(group, table, k * 2 * kPanel, next, written);
-      for (long i = 0; i < std::min<long>(kGroup, pairs - k); ++i) {
-        VecU w[kVectors];
-        for (int v = 0; v < kVectors; ++v) w[v] = load(written + i * kPanel + v * kLanes);
-        add_pairs(acc, here_x + 2 * i, 2 * pairs, w);
-      }
-      continue;
-    }
     const auto add = [&](auto i) __attribute__((always_inline)) {
+      constexpr int I = decltype(i)::count;
+      constexpr long from = kGroupBytes / 64 * I / kGroup, to = kGroupBytes / 64 * (I + 1) / kGroup;
+      if (k + I >= pairs) return;
+      stay(group);  // the compiler would ask for the whole group at once, and the memory brings it later
+#pragma GCC unroll 3
+      for (long line = from; line < to; ++line) __builtin_prefetch(ahead + 64 * line, 0, 0);
       VecU w[kVectors];
-      weights_of<decltype(i)::count>(group, table, w);
-      add_pairs(acc, here_x + 2 * decltype(i)::count, 2 * pairs, w);
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) w[v] = weights_of<I>(group + 192 * v, table);
+      while (__builtin_expect(next->at < (k + I + 1) * 2 * kPanel, 0)) put(w, (int)(next->at - (k + I) * 2 * kPanel), next->bits), ++next;
+      add_pairs(acc, x + 2 * (k + I), 2 * pairs, w);
     };
     add(Rows<0>()), add(Rows<1>()), add(Rows<2>()), add(Rows<3>());
   }
@@ -121,7 +115,8 @@ inline bool any(VecW lanes) {
 bool code_panel(const Pair *panel, long pairs, uint8_t *to, uint16_t &top, Escape *escapes, long most) {
   long count = 0;
   top = likely_top(panel, pairs);
-  for (long k = 0; k < pairs; k += kGroup)
+  for (long k = 0; k < pairs; k += kGroup) {
+    Escape *const here = escapes + count;
     for (int v = 0; v < kVectors; ++v, to += 192) {
       VecW bytes[2] = {}, codes{};
       for (int i = 0; i < kGroup && k + i < pairs; ++i) {
@@ -139,6 +134,8 @@ bool code_panel(const Pair *panel, long pairs, uint8_t *to, uint16_t &top, Escap
       }
       std::memcpy(to, bytes, sizeof bytes), std::memcpy(to + sizeof bytes, &codes, sizeof codes);
     }
+    std::sort(here, escapes + count, [](const Escape &a, const Escape &b) { return a.at < b.at; });  // as the product meets them
+  }
   escapes[count] = {~0u, 0};
   return true;
 }
@@ -175,14 +172,15 @@ long EXPORT(pack_compact)(const Pair *panels, long count, long pairs, uint8_t *c
 // the end.
 void EXPORT(share_compact)(Turn &turn, const Compact *weight, const bf16 *x, long rows, bf16 *out, const Compact *then) {
   const Compact &w = *weight;
-  const long bytes = bytes_of(w);
   fetch_rows(x, rows * w.pairs * 2);
   share_panels(turn, rows, w.outputs, [&](long panel, int here, long, long, long stop) {
-    Reading reading{w.codes + stop * bytes, nullptr};
-    reading.then = then ? then->codes + Share(rows, then->outputs).begin * bytes_of(*then) : reading.end;
+    const Compact &after = panel + 1 == stop && then ? *then : w;
+    const long next = &after == &w ? panel + 1 : Share(rows, after.outputs).begin;
+    __builtin_prefetch(after.tops + next), __builtin_prefetch(after.escapes + next * (after.most + 1));
+    const Reading reading{w.codes + (panel + 1) * bytes_of(w), after.codes + next * bytes_of(after)};
     for (long t = 0; t < rows; t += kTileRows)  // once, where a tile takes eight
       with_rows(std::min<long>(kTileRows, rows - t), [&](auto these) {
-        few_rows<decltype(these)::count>(x + t * 2 * w.pairs, w.pairs, w.codes + panel * bytes, w.tops[panel],
+        few_rows<decltype(these)::count>(x + t * 2 * w.pairs, w.pairs, w.codes + panel * bytes_of(w), w.tops[panel],
                                          w.escapes + panel * (w.most + 1), out + t * w.outputs + panel * kPanel, w.outputs, here,
                                          reading);
       });

@@ -33,7 +33,7 @@ struct Compact {
   void (*share)(Turn &, const Compact *, const bf16 *x, long rows, bf16 *out, const Compact *then);
   const uint8_t *codes;
   const uint16_t *tops;   // (panels,): the largest exponent with a code
-  const Escape *escapes;  // (panels, most + 1), in the order of their groups
+  const Escape *escapes;  // (panels, most + 1), in the order of their places
   long most, pairs, outputs;
 };
 
