@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from typing import Any
 
@@ -169,8 +170,58 @@ def test_generate_takes_several_at_a_time(model: Decoder, monkeypatch: pytest.Mo
         return seen[-1]
 
     monkeypatch.setattr(stride, "run", watched)
+    monkeypatch.setattr(stride, "UNHEARD_S", 1e9)
+    monkeypatch.setattr(stride, "MOST", 8)
     make_engine(model).generate([prompt_of(5, 1)], replace(GREEDY, ignore_eos=True))
     assert seen == [0, 0, 2, 4, 8, 5]
+
+
+@pytest.mark.parametrize("missing", [{3}, {5, 6}, {7}, set(range(40))])
+def test_what_a_pass_does_not_know_is_computed_before_the_next(model: Decoder, missing: set[int]) -> None:
+    """Passes of a stride after which a screen says that it does not know the tokens of some sequences, or of all."""
+    requests = asked([replace(GREEDY, ignore_eos=True)] * 3, [4, 5, 6])
+    want = drive(make_engine(model), requests, 1)[0]
+    assert isinstance(model.at_once, LayersAtOnce)
+    ends = model.at_once._ends
+    assert ends is not None
+    assert ends.screen is not None
+    screen, calls = ends.screen, iter(range(1000))
+    signature = ctypes.CFUNCTYPE(
+        ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.POINTER(ctypes.c_float),
+        ctypes.POINTER(ctypes.c_int64), ctypes.c_int,
+    )  # fmt: skip
+    assert screen.function is not None
+    known, unscathed = screen.function, screen._unknown
+    whole = signature(known)
+
+    def forgetful(x: int, rows: int, data: int, peaks: Any, places: Any, threads: int) -> int:
+        assert whole(x, rows, data, peaks, places, threads) == 0
+        call = next(calls)
+        lost = range(call % 3, rows) if call in missing else []
+        for row in lost:
+            places[row], peaks[row] = -1, 0.0
+        return len(lost)
+
+    callback = signature(forgetful)
+    screen.function = ctypes.cast(callback, ctypes.c_void_p).value
+    try:
+        assert drive(make_engine(model), requests, 8)[0] == want
+        assert next(calls) == 21, "each pass once"
+        lost = sum(3 - call % 3 for call in missing if call < 21)
+        assert (screen._unknown > unscathed) == (lost > 0)
+    finally:
+        screen.function, screen._unknown = known, unscathed
+
+
+def test_passes_that_take_long_are_few_at_a_time(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [stride.in_time(s) for s in (0.0, 1e-9, 0.0101, 0.034, 0.06, 5.0)] == [stride.MOST, stride.MOST, 9, 2, 1, 1]
+    monkeypatch.setattr(stride, "UNHEARD_S", 0.0)
+    steps: list[int] = []
+    engine = make_engine(model)
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda most: steps.append(most) or step(most))
+    engine.generate([prompt_of(5, 1)], replace(GREEDY, ignore_eos=True))
+    assert steps == [stride.MOST] + [1] * 20, "of the first nothing is known"
 
 
 def test_what_was_told_before_a_failure_is_told(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,8 +96,8 @@ _OUR_FAST_MODE = (
     "without the promise reach is in serve.prefill.transformers and serve.streams16.vllm"
 )
 _TOLD_TOGETHER = (
-    "up to eight tokens are told at a time, as nobody streams them; one by one, or drawn at random, a token takes about a "
-    "fifth longer, alone two fifths at most (docs/log.md, 2026-11-22)"
+    "tokens are told ten times a second, as nobody streams them, up to 32 at a time; one by one, or drawn at random, a token "
+    "takes about a fifth longer, alone two fifths at most (docs/log.md, 2026-11-22)"
 )
 CAVEATS: Mapping[str, str] = {
     "exact.prefill": _OUR_FAST_MODE,

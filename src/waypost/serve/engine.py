@@ -389,7 +389,7 @@ class Engine:
         """Submits `ready` and steps until all of them are done."""
         mine = {self.submit(r) for r in ready}
         while mine & self._live.keys() or self._outbox:
-            yield from (delta for delta in self.step(stride.MOST) if delta.request_id in mine)
+            yield from (delta for delta in self.step(stride.in_time(self._stats.newest_step_s)) if delta.request_id in mine)
 
     def _abandon(self, request_id: str) -> None:
         if self._thread is not None:

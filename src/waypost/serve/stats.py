@@ -49,6 +49,7 @@ class Stats:
     prefix_hits: int = 0
     """Those of them whose pages the prefix cache had."""
     num_steps: int = 0
+    newest_step_s: float = 0.0
     num_preemptions: int = 0
     prompt_tokens: int = 0
     """Tokens of prompts computed, those computed again after a preemption included."""
@@ -74,6 +75,7 @@ class Stats:
     def steps(self, count: int, took_s: float, tokens: float) -> None:
         """Counts `count` steps of `tokens` each that took `took_s` together."""
         self.num_steps += count
+        self.newest_step_s = took_s / count
         for _ in range(count):
             self.step_s.observe(took_s / count)
             self.step_tokens.observe(tokens)

@@ -26,8 +26,16 @@ from waypost.serve.sampling import Likeliest
 from waypost.serve.scheduler import Scheduler
 from waypost.serve.scheduling import Span
 
-MOST = 16
-"""Passes in one go: most of what the interpreter takes is saved."""
+MOST = 32
+"""Passes in one go: nearly all of what the interpreter takes is saved."""
+
+UNHEARD_S = 0.1
+"""What they may take together: meanwhile nobody hears of a token, and no interrupt is heard."""
+
+
+def in_time(pass_s: float) -> int:
+    """How many passes of so many seconds each may run in one go; MOST where that is not known, 0."""
+    return MOST if pass_s <= 0 else max(1, min(MOST, int(UNHEARD_S / pass_s)))
 
 
 def run(

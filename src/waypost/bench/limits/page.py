@@ -23,7 +23,7 @@ def page(profiles: Sequence[Profile], receipts: Mapping[str, Mapping[str, Any]],
         "whose products the processor does two for one in bfloat16. Norms, exponentials, drawing and the interpreter have no",
         "such bound and count as nothing, so the least is out of reach. Drawing was timed alone, so the last line of a table",
         "holds what the caches lost of it. Where nobody waits for single tokens, as in the serving claims, that line is spent",
-        "once in up to eight steps (serve/stride.py).",
+        "once in up to 32 steps (serve/stride.py).",
         "",
         f"{facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores, torch {facts['torch']}, {facts['model']} in "
         f"bfloat16, numerics exact; {facts['when']}, commit {facts['commit']}.",

@@ -68,12 +68,16 @@ class Screen:
         kernels(x).greedy(x.data_ptr(), len(x), self.address, peaks.data_ptr(), places.data_ptr(), torch.get_num_threads())
         return peaks, places
 
-    def complete(self, x: Tensor, peaks: Tensor, places: Tensor, unknown: int, head: Callable[[Tensor], Tensor]) -> None:
-        """Puts into `peaks` and `places` of x (n, C) the `unknown` that are missing, from all logits, `head` (x) (n, V)."""
+    def complete(
+        self, x: Tensor, peaks: Tensor, places: Tensor, unknown: int, head: Callable[[Tensor], Tensor], passes: int = 1
+    ) -> None:
+        """Puts into `peaks` and `places` of x (n, C) the `unknown` that are missing, from all logits, `head` (x) (n, V). Of as
+        many rows in each of `passes` - 1 before it nothing was missing."""
         if unknown:
             rows = (places < 0).nonzero()[:, 0]
             peaks[rows], places[rows] = largest(head(x[rows]))
-        self._unknown += (unknown / max(1, len(x)) - self._unknown) * min(1.0, len(x) / REMEMBERED)
+        asked = len(x) * passes
+        self._unknown += (unknown / max(1, asked) - self._unknown) * min(1.0, asked / REMEMBERED)
 
     @property
     def helps(self) -> bool:

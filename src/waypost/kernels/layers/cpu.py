@@ -50,14 +50,18 @@ def run_greedy(
     around.greedy, around.screen = screen.function, screen.address
     h = torch.empty((len(tokens), normed.shape[1]), dtype=normed.dtype)
     step = _step(table, pages, starts, context, cos, sin, which, adapters, h)
-    for peak, place in zip(peaks, places, strict=True):
-        around.peaks, around.places = peak.data_ptr(), place.data_ptr()
-        screen.complete(normed, peak, place, _run(table, table.every, around, h, pages, step), ends.head.weight)
-        around.tokens = place.data_ptr()  # of the next pass, whose other numbers lie behind those of this one
-        step.context += context.element_size() * step.sequences
-        step.slots += pages.slots.element_size() * len(tokens)
-        step.cosine += cos.element_size() * cos.shape[1] * len(tokens)
-        step.sine += sin.element_size() * sin.shape[1] * len(tokens)
+    done = 0
+    while done < passes:  # the kernel stops behind a pass that does not know everything
+        around.peaks, around.places, around.passes = peaks[done].data_ptr(), places[done].data_ptr(), passes - done
+        unknown = _run(table, table.every, around, h, pages, step)
+        ran = around.passes
+        done += ran
+        screen.complete(normed, peaks[done - 1], places[done - 1], unknown, ends.head.weight, ran)
+        around.tokens = places[done - 1].data_ptr()  # of the next pass, whose other numbers lie behind those of this one
+        step.context += ran * context.element_size() * step.sequences
+        step.slots += ran * pages.slots.element_size() * len(tokens)
+        step.cosine += ran * cos.element_size() * cos.shape[1] * len(tokens)
+        step.sine += ran * sin.element_size() * sin.shape[1] * len(tokens)
     return peaks, places
 
 

@@ -78,8 +78,9 @@ struct Ends {
   void *logits;  // (answers, vocabulary)
   Greedy *greedy;  // not null: the largest logits alone are asked for, of a head in bfloat16, and `logits` is nobody's
   const void *screen;
-  float *peaks;     // (answers,)
+  float *peaks;     // (answers,), of each pass behind those of the one before, as all that is the rows' in Step
   int64_t *places;  // (answers,), -1 where it is not known
+  long passes;      // as many as are asked for, and then as many as were run; 1 but with `greedy`
 };
 
 // Seconds by kind of work as a region's first thread sees them, its waiting for the others included.
@@ -356,19 +357,30 @@ template <class T> class Pass {
 using namespace waypost;
 
 // Runs the layers that `order` (count,) names over h (rows, hidden), in place; weights in bfloat16 or fewer bits. k_pages and
-// v_pages have one pointer for each of the layer_count layers. With `ends`, h is where the hidden states go, and is read by nobody.
-// Returns of how many rows the largest logit was asked for and is not known.
+// v_pages have one pointer for each of the layer_count layers. With `ends`, h is where the hidden states go, and is read by nobody;
+// with more than one pass, a row a sequence, each takes the tokens that the one before has found, and one that does not know all of
+// them is the last. Returns of how many rows the last pass was asked for the largest logit and does not know it.
 extern "C" long EXPORT(run_layers)(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
-                                   void *const *v_pages, const Step *step, const Ends *ends, Element *h, long rows, long hidden,
+                                   void *const *v_pages, const Step *step, Ends *ends, Element *h, long rows, long hidden,
                                    int threads) {
-  Pass<Element> pass(layers, layer_count, *step, ends, h, rows, hidden, threads);
-  Turns turns(threads);
+  const auto pass = [&](const Step &its, const Ends *around) {
+    Pass<Element> pass(layers, layer_count, its, around, h, rows, hidden, threads);
+    Turns turns(threads);
 #pragma omp parallel num_threads(threads)
-  pass.run(Turn(turns), layers, order, count, k_pages, v_pages);
-  if (!ends || !ends->greedy) return 0;
-  Clock clock(step->seconds);
-  const long unknown =
-      ends->greedy((const bf16 *)ends->normed, ends->answers, ends->screen, ends->peaks, ends->places, threads);
-  clock.took(kHead);
-  return unknown;
+    pass.run(Turn(turns), layers, order, count, k_pages, v_pages);
+  };
+  if (!ends || !ends->greedy) return pass(*step, ends), 0;
+  Step now = *step;
+  Ends around = *ends;
+  for (long ran = 1;; ++ran) {
+    pass(now, &around);
+    Clock clock(step->seconds);
+    const long unknown =
+        around.greedy((const bf16 *)around.normed, around.answers, around.screen, around.peaks, around.places, threads);
+    clock.took(kHead);
+    if (unknown || ran == ends->passes) return ends->passes = ran, unknown;
+    const long angles = rows * (layers[0].width / 2);
+    around.tokens = around.places, around.peaks += around.answers, around.places += around.answers;
+    now.context += now.sequences, now.slots += rows, now.cosine += angles, now.sine += angles;
+  }
 }

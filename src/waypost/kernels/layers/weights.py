@@ -109,6 +109,7 @@ class EndsRow(Structure):
         ("wanted", c_void_p),
         ("answers", c_long),
         *((name, c_void_p) for name in ("normed", "logits", "greedy", "screen", "peaks", "places")),
+        ("passes", c_long),
     ]
 
 
