@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,15 @@ def callers_of(api_key: str | None, api_keys: Path | None) -> Callers | None:
         raise ConfigError("give --api-key or --api-keys, not both; put the key into the file")
     given = None if api_key is None else Callers([Caller(name="default", key=api_key)])
     return given if api_keys is None else Callers.read(api_keys)
+
+
+def check_names(name: str | None, cors: Sequence[str]) -> None:
+    """ConfigError for a model's name that no request can give, and for web pages that no browser names so."""
+    if name is not None and not name.strip():
+        raise ConfigError("--name is empty; requests name the model by it, so give a name, or leave it out for the folder's")
+    for origin in cors:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", origin):
+            raise ConfigError(f"--cors {origin!r}: must be * or an origin as browsers name it, e.g. https://chat.example:8443")
 
 
 def check_asked(checkpoint: Path, scheduling: str | None, *targets_s: float | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 import urllib.error
@@ -68,11 +69,14 @@ def command(
     if checkpoint.startswith(("http://", "https://")):
         if lora is not None:
             raise ConfigError("--lora belongs to a checkpoint; a server names its adapters itself, and --model chooses one")
+        _refuse_with_url(dtype=dtype, arithmetic=arithmetic, threads=threads, numerics=_but(numerics, "exact"),
+                         kernel=_but(kernel, "auto"))  # fmt: skip
         wishes = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         talk(Remote(checkpoint, model, api_key, wishes), opening(system))
         return
     if model is not None:
         raise ConfigError("--model belongs to a URL; a checkpoint is one model")
+    _check_folder(checkpoint)
     with read_ahead(Path(checkpoint), kernel, dtype) as ahead:
         from waypost.serve.engine import Engine
         from waypost.serve.sampling import Sampling
@@ -85,6 +89,28 @@ def command(
     tokenizer = tokenizer_of(engine, checkpoint)
     decide(tokenizer, None, system, talking=True)
     talk(Local(engine, tokenizer, sampling, the_adapter(engine, lora)), opening(system))
+
+
+def _but(value: str, default: str) -> str | None:
+    return None if value == default else value
+
+
+def _refuse_with_url(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"--{name} {value} belongs to a checkpoint; a server computes as it was started")
+
+
+def _check_folder(checkpoint: str) -> None:
+    """ConfigError for what is neither a folder nor a URL that chat speaks, with what was probably meant."""
+    if Path(checkpoint).exists():
+        return
+    hint = "give a checkpoint, or the URL of a server"
+    if "://" in checkpoint:
+        hint = "servers are spoken with over http:// or https://"
+    elif re.fullmatch(r"[\w.-]+:\d+(/.*)?", checkpoint):
+        hint = f"did you mean http://{checkpoint}?"
+    raise ConfigError(f"{checkpoint}: there is no such folder; {hint}")
 
 
 def opening(system: str | None) -> list[Message]:

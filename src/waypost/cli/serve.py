@@ -11,7 +11,7 @@ import typer
 
 from waypost.cli._adapters import add_adapters
 from waypost.cli._answer import tokenizer_of
-from waypost.cli._serving import aim, callers_of, check_asked, check_room
+from waypost.cli._serving import aim, callers_of, check_asked, check_names, check_room
 from waypost.cli._shared import (
     Arithmetic,
     AsJson,
@@ -159,6 +159,7 @@ def command(
     story = Story()
     callers = callers_of(api_key, api_keys)
     check_asked(checkpoint, scheduling, time_between_tokens, time_to_first_token)
+    check_names(name, cors or ())
     sock = listen(host, port)
     with read_ahead(checkpoint, kernel, dtype) as ahead:
         with uncollected():

@@ -181,7 +181,14 @@ def test_an_id_that_stands_twice_and_a_file_that_is_none(tmp_path: Path) -> None
         read_lines(write(tmp_path / "in.jsonl", [{"custom_id": "a", "prompt": "x"}] * 2))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_lines(tmp_path / "none.jsonl")
-    assert read_lines(write(tmp_path / "blank.jsonl", ["", "  "])) == []
+    with pytest.raises(ConfigError, match="holds no request"):
+        read_lines(write(tmp_path / "blank.jsonl", ["", "  "]))
+
+
+def test_a_mark_at_the_beginning_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\n')
+    assert [line.problem for line in read_lines(path)] == [None]
 
 
 def waypost(*args: object) -> int:

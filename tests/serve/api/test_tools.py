@@ -264,6 +264,16 @@ def test_a_whole_round_of_calling_is_rendered(tmp_path: Path) -> None:
         assert "<tool_call>look here" in live.tokenizer.decode(ids), "the template gets the arguments as an object"
 
 
+def test_calls_that_the_template_would_leave_out_are_refused(tmp_path: Path) -> None:
+    with make_live(make_checkpoint(tmp_path, "llama3")) as live:
+        call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+        messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        answer = live.post("/v1/chat/completions", {"model": MODEL, "messages": messages, "max_tokens": 1})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "tools_not_supported"
+        assert answer.json()["error"]["param"] == "messages"
+
+
 # Formats
 
 

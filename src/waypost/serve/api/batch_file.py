@@ -29,12 +29,14 @@ class Line:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The requests of a file; blank lines do not count. ConfigError: no such file, or an id that stands twice."""
+    """The requests of a file; blank lines do not count. ConfigError: no such file, none in it, or an id that stands twice."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a file of JSON lines") from error
     lines = [_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ConfigError(f"{path}: holds no request; give a file with one JSON object a line")
     seen: set[str] = set()
     for line in lines:
         if line.custom_id in seen:

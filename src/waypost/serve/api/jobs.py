@@ -20,7 +20,7 @@ from waypost.serve.api.logprobs import TokenBytes
 from waypost.serve.api.protocol import ChatRequest, CompletionRequest
 from waypost.serve.api.replies import CompletionForm, Form, Head, Prompt
 from waypost.serve.api.tool_readers import READERS, Style
-from waypost.serve.api.tools import NamedTool, Tool, calls_grammar, style_of
+from waypost.serve.api.tools import NamedTool, Tool, calls_grammar, shows_calls, style_of
 from waypost.serve.engine import Engine
 from waypost.serve.prepare import Prepared
 from waypost.serve.request import Request
@@ -93,6 +93,9 @@ def chat_job(request: ChatRequest, engine: Engine, tokenizer: Tokenizer, limit: 
     tools = (request.tools or []) if request.tool_choice != "none" else []
     style = _style(tokenizer) if tools else None
     shown = [tool.for_template() for tool in tools] or None
+    if any(message.tool_calls for message in request.messages) and not shows_calls(tokenizer):
+        refused = "this checkpoint's chat template does not show calls of earlier turns; leave tool_calls out of the messages"
+        raise bad_request(refused, "messages", "tools_not_supported")
     try:
         messages = [m.for_template() for m in request.messages]
         ids = tokenizer.chat(messages, tools=shown, **(request.chat_template_kwargs or {}))

@@ -61,12 +61,22 @@ NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalP
 
 def style_of(tokenizer: Tokenizer) -> Style:
     """How this checkpoint writes calls; ConfigError where its chat template says nothing of tools."""
-    texts = b"\n".join(data for name, data in tokenizer.assets().items() if name != "tokenizer.json").decode("utf-8", "replace")
+    texts = _templates(tokenizer)
     if "tools" in texts and OPEN in texts:
         return "hermes"
     if "tools" in texts and '"parameters"' in texts.replace("\\", ""):
         return "llama3"
     raise ConfigError("this checkpoint's chat template has no tools, or writes calls in a way that is not known here")
+
+
+def shows_calls(tokenizer: Tokenizer) -> bool:
+    """Whether this checkpoint's chat template writes down the calls of earlier turns; else they would be lost silently."""
+    return "tool_calls" in _templates(tokenizer)
+
+
+def _templates(tokenizer: Tokenizer) -> str:
+    texts = (data for name, data in tokenizer.assets().items() if name != "tokenizer.json")
+    return b"\n".join(texts).decode("utf-8", "replace")
 
 
 def calls_grammar(tools: Sequence[Tool], style: Style, one: bool) -> Grammar:
