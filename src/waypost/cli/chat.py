@@ -69,8 +69,10 @@ def command(
     if checkpoint.startswith(("http://", "https://")):
         if lora is not None:
             raise ConfigError("--lora belongs to a checkpoint; a server names its adapters itself, and --model chooses one")
-        _refuse_with_url(dtype=dtype, arithmetic=arithmetic, threads=threads, numerics=_but(numerics, "exact"),
-                         kernel=_but(kernel, "auto"))  # fmt: skip
+        computed = {"dtype": dtype, "arithmetic": arithmetic, "threads": threads, "numerics": numerics, "kernel": kernel}
+        for name, value in computed.items():
+            if value not in (None, "exact", "auto"):
+                raise ConfigError(f"--{name} {value} belongs to a checkpoint; a server computes as it was started")
         wishes = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         talk(Remote(checkpoint, model, api_key, wishes), opening(system))
         return
@@ -89,16 +91,6 @@ def command(
     tokenizer = tokenizer_of(engine, checkpoint)
     decide(tokenizer, None, system, talking=True)
     talk(Local(engine, tokenizer, sampling, the_adapter(engine, lora)), opening(system))
-
-
-def _but(value: str, default: str) -> str | None:
-    return None if value == default else value
-
-
-def _refuse_with_url(**given: object) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(f"--{name} {value} belongs to a checkpoint; a server computes as it was started")
 
 
 def _check_folder(checkpoint: str) -> None:
