@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -213,3 +214,17 @@ def test_the_help_of_a_verb_fits_and_ends_with_examples(
     assert max(map(len, explained.splitlines())) <= 88, "a table that may not be wrapped may be a little wider"
     types_of_python = re.search(r"<(str|int|float|bool)[ >]", explained.partition("Options:")[2])
     assert not types_of_python, "an option's value is named in the user's words"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_a_full_disk_behind_the_simplest_answers_is_said(option: str, buffered: bool) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "waypost.cli.main", option],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "OSError: no space is left where the output goes, and some of it is missing there\n"

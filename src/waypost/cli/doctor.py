@@ -16,7 +16,9 @@ from waypost.cli._shared import AsJson, Threads, print_result
 
 EXTRAS = {
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "structured": ("llguidance",),
     "gguf": ("gguf",),
+    "erasure": ("zfec",),
     "data": ("pyarrow", "fsspec"),
     "plots": ("matplotlib",),
     "track": ("tensorboard", "trackio"),

@@ -45,6 +45,8 @@ NEEDS_NO_ARGUMENTS = ("doctor", "bench")
 """Verbs that do something when called bare; the others then show their help."""
 
 
+FULL = "OSError: no space is left where the output goes, and some of it is missing there\n"
+
 ENDS_AT_ONCE = ("chat", "generate", "serve")
 """Verbs of which nothing is left to be written when they are over, by any thread."""
 
@@ -108,9 +110,7 @@ def _refuse_empty_paths(command: Callable[..., None]) -> None:
     command.__annotations__ = hints  # what the strings of the source stand for is made anew at every look
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """The entry point; `args` defaults to the command line's."""
-    args = sys.argv[1:] if args is None else args
+def _run(args: Sequence[str]) -> None:
     first = args[0] if args else None
     if first in (None, "-h", "--help"):
         print(usage())
@@ -127,8 +127,13 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(2)
     if first != "bench":  # which measures others too, as they come
         wait_less(os.environ)
+    run_verb(first, args[1:])
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The entry point; `args` defaults to the command line's."""
     try:
-        run_verb(first, args[1:])
+        _run(sys.argv[1:] if args is None else args)
     except WaypostError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(1)
@@ -140,7 +145,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:  # of a file that cannot be opened; without a name it is a mistake of ours
         if error.errno == errno.ENOSPC and error.filename is None:
-            sys.stderr.write("OSError: no space is left where the output goes, and some of it is missing there\n")
+            sys.stderr.write(FULL)
             sys.exit(1)
         if error.filename is None:
             raise
@@ -161,16 +166,28 @@ def entry() -> NoReturn:
         if not isinstance(ended.code, int):
             raise
         status = ended.code
-    if "torch" not in sys.modules or sys.argv[1] not in ENDS_AT_ONCE:
+    at_once = "torch" in sys.modules and sys.argv[1] in ENDS_AT_ONCE
+    if at_once:
+        atexit._run_exitfuncs()
+    status = _flushed(status)
+    if not at_once:
         sys.exit(status)
-    atexit._run_exitfuncs()
-    try:
-        for stream in (sys.stdout, sys.stderr):
+    os._exit(status)
+
+
+def _flushed(status: int) -> int:
+    """The exit code after what was printed has reached its readers, if it has."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
             if stream is not None:  # it was closed before this process began
                 stream.flush()
-    except (OSError, ValueError):  # nobody reads them any more
-        status = status or 1
-    os._exit(status)
+        except (OSError, ValueError) as error:  # nobody reads it any more, or it cannot be held
+            status = status or 1
+            if isinstance(error, OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the interpreter's end tries again
+                if error.errno == errno.ENOSPC and stream is sys.stdout:
+                    sys.stderr.write(FULL)
+    return status
 
 
 if __name__ == "__main__":

@@ -363,17 +363,17 @@ using namespace waypost;
 extern "C" long EXPORT(run_layers)(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
                                    void *const *v_pages, const Step *step, Ends *ends, Element *h, long rows, long hidden,
                                    int threads) {
-  const auto pass = [&](const Step &its, const Ends *around) {
+  const auto run = [&](const Step &its, const Ends *around) {
     Pass<Element> pass(layers, layer_count, its, around, h, rows, hidden, threads);
     Turns turns(threads);
 #pragma omp parallel num_threads(threads)
     pass.run(Turn(turns), layers, order, count, k_pages, v_pages);
   };
-  if (!ends || !ends->greedy) return pass(*step, ends), 0;
+  if (!ends || !ends->greedy) return run(*step, ends), 0;
   Step now = *step;
   Ends around = *ends;
   for (long ran = 1;; ++ran) {
-    pass(now, &around);
+    run(now, &around);
     Clock clock(step->seconds);
     const long unknown =
         around.greedy((const bf16 *)around.normed, around.answers, around.screen, around.peaks, around.places, threads);

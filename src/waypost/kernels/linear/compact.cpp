@@ -38,6 +38,7 @@ template <int I> inline VecU weights_of(const uint8_t *vector, VecW table) {
   const VecW moved = I % 2 ? both >> 8 : both << 8, sign = I % 2 ? both : moved, mantissa = I % 2 ? moved : both;
   return (VecU)((sign & 0x8000) | __builtin_shuffle(table, codes) | (mantissa & 0x007f));
 }
+
 // One weight of a pair's vectors. In registers: with eight rows none is free to hold them across a call.
 inline void put(VecU (&w)[kVectors], int place, uint16_t bits) {
 #pragma GCC unroll 3
