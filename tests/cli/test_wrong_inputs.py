@@ -61,7 +61,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("serve model --lora nameless --port 0", "--lora nameless: give NAME=PATH"),
         ("serve model --port 0 --name= ", "--name is empty; requests name the model by it"),
         ("serve model --port 0 --cors chat.example", "--cors 'chat.example': must be * or an origin as browsers name it"),
-        ("chat nowhere", "nowhere: there is no such folder; give a checkpoint, or the URL of a server"),
+        ("chat nowhere", "CheckpointError: nowhere: no such folder; give a checkpoint"),
         ("chat 127.0.0.1:8000", "127.0.0.1:8000: there is no such folder; did you mean http://127.0.0.1:8000?"),
         ("chat ftp://x/y", "ftp://x/y: there is no such folder; servers are spoken with over http:// or https://"),
         ("chat http://127.0.0.1:9 --dtype float32", "--dtype float32 belongs to a checkpoint; a server computes as it was"),

@@ -106,7 +106,7 @@ CAVEATS: Mapping[str, str] = {
     "exact.step": "in bf16 on a CPU fast runs the operators of exact; train.step has transformers",
     "serve.stream.vllm": _TOLD_TOGETHER
     + "; after 64 steps the weights are coded a second time, once, for a tenth of a second and three quarters of their memory; "
-    "with the host's memory and vLLM's own rate the runs of one day went from 2.4 to 2.9 (docs/log.md, 2026-11-23)",
+    "with the host's memory and vLLM's own rate the runs of one day went from 2.4 to 3.0 (docs/log.md, 2026-11-23)",
     "serve.streams16.vllm": _TOLD_TOGETHER,
     "serve.streams32.vllm": _TOLD_TOGETHER,
     "upcycle.sparse": "at equal time, which stands beside it, the dense model is better",

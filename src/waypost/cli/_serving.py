@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from waypost.cli._story import Story
 from waypost.core.errors import ConfigError
+from waypost.keep import disk
 
 if TYPE_CHECKING:
     from waypost.serve.api.access import Callers
@@ -42,7 +43,7 @@ def check_asked(checkpoint: Path, scheduling: str | None, *targets_s: float | No
     """ConfigError for what can be seen to be wrong before anything is loaded."""
     if scheduling is not None and any(target is not None for target in targets_s):
         raise ConfigError("--scheduling and the targets of time choose one policy each; leave --scheduling out, or the targets")
-    if not checkpoint.exists():
+    if not checkpoint.exists() and disk.moved_aside(checkpoint) is None:
         raise ConfigError(f"{checkpoint}: there is no such folder; give a checkpoint, or make one with waypost import")
 
 

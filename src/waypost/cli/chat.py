@@ -94,15 +94,13 @@ def command(
 
 
 def _check_folder(checkpoint: str) -> None:
-    """ConfigError for what is neither a folder nor a URL that chat speaks, with what was probably meant."""
+    """ConfigError for what looks like a server's address, but is no URL that chat speaks; opening the folder says the rest."""
     if Path(checkpoint).exists():
         return
-    hint = "give a checkpoint, or the URL of a server"
     if "://" in checkpoint:
-        hint = "servers are spoken with over http:// or https://"
-    elif re.fullmatch(r"[\w.-]+:\d+(/.*)?", checkpoint):
-        hint = f"did you mean http://{checkpoint}?"
-    raise ConfigError(f"{checkpoint}: there is no such folder; {hint}")
+        raise ConfigError(f"{checkpoint}: there is no such folder; servers are spoken with over http:// or https://")
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", checkpoint):
+        raise ConfigError(f"{checkpoint}: there is no such folder; did you mean http://{checkpoint}?")
 
 
 def opening(system: str | None) -> list[Message]:

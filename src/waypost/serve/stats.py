@@ -50,6 +50,7 @@ class Stats:
     """Those of them whose pages the prefix cache had."""
     num_steps: int = 0
     newest_step_s: float = 0.0
+    """0 before the first."""
     num_preemptions: int = 0
     prompt_tokens: int = 0
     """Tokens of prompts computed, those computed again after a preemption included."""

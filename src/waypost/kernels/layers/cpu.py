@@ -50,18 +50,13 @@ def run_greedy(
     around.greedy, around.screen = screen.function, screen.address
     h = torch.empty((len(tokens), normed.shape[1]), dtype=normed.dtype)
     step = _step(table, pages, starts, context, cos, sin, which, adapters, h)
+    around.peaks, around.places = peaks.data_ptr(), places.data_ptr()
     done = 0
-    while done < passes:  # the kernel stops behind a pass that does not know everything
-        around.peaks, around.places, around.passes = peaks[done].data_ptr(), places[done].data_ptr(), passes - done
+    while done < passes:  # the kernel stops behind a pass that does not know everything, and goes on from where it stopped
+        around.passes = passes - done
         unknown = _run(table, table.every, around, h, pages, step)
-        ran = around.passes
-        done += ran
-        screen.complete(normed, peaks[done - 1], places[done - 1], unknown, ends.head.weight, ran)
-        around.tokens = places[done - 1].data_ptr()  # of the next pass, whose other numbers lie behind those of this one
-        step.context += ran * context.element_size() * step.sequences
-        step.slots += ran * pages.slots.element_size() * len(tokens)
-        step.cosine += ran * cos.element_size() * cos.shape[1] * len(tokens)
-        step.sine += ran * sin.element_size() * sin.shape[1] * len(tokens)
+        done += around.passes
+        screen.complete(normed, peaks[done - 1], places[done - 1], unknown, ends.head.weight, around.passes)
     return peaks, places
 
 

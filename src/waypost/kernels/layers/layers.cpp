@@ -359,9 +359,10 @@ using namespace waypost;
 // Runs the layers that `order` (count,) names over h (rows, hidden), in place; weights in bfloat16 or fewer bits. k_pages and
 // v_pages have one pointer for each of the layer_count layers. With `ends`, h is where the hidden states go, and is read by nobody;
 // with more than one pass, a row a sequence, each takes the tokens that the one before has found, and one that does not know all of
-// them is the last. Returns of how many rows the last pass was asked for the largest logit and does not know it.
+// them is the last: `step` and `ends` then stand where the next pass would begin. Returns of how many rows the last pass was asked
+// for the largest logit and does not know it.
 extern "C" long EXPORT(run_layers)(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
-                                   void *const *v_pages, const Step *step, Ends *ends, Element *h, long rows, long hidden,
+                                   void *const *v_pages, Step *step, Ends *ends, Element *h, long rows, long hidden,
                                    int threads) {
   const auto run = [&](const Step &its, const Ends *around) {
     Pass<Element> pass(layers, layer_count, its, around, h, rows, hidden, threads);
@@ -370,17 +371,14 @@ extern "C" long EXPORT(run_layers)(const Layer *layers, int layer_count, const i
     pass.run(Turn(turns), layers, order, count, k_pages, v_pages);
   };
   if (!ends || !ends->greedy) return run(*step, ends), 0;
-  Step now = *step;
-  Ends around = *ends;
   for (long ran = 1;; ++ran) {
-    run(now, &around);
+    run(*step, ends);
     Clock clock(step->seconds);
-    const long unknown =
-        around.greedy((const bf16 *)around.normed, around.answers, around.screen, around.peaks, around.places, threads);
+    const long unknown = ends->greedy((const bf16 *)ends->normed, ends->answers, ends->screen, ends->peaks, ends->places, threads);
     clock.took(kHead);
+    const long angles = rows * (layers[0].width / 2);  // on to the next pass
+    ends->tokens = ends->places, ends->peaks += ends->answers, ends->places += ends->answers;
+    step->context += step->sequences, step->slots += rows, step->cosine += angles, step->sine += angles;
     if (unknown || ran == ends->passes) return ends->passes = ran, unknown;
-    const long angles = rows * (layers[0].width / 2);
-    around.tokens = around.places, around.peaks += around.answers, around.places += around.answers;
-    now.context += now.sequences, now.slots += rows, now.cosine += angles, now.sine += angles;
   }
 }

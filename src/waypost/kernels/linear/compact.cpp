@@ -55,7 +55,7 @@ struct Reading {
   const uint8_t *end, *then;
 };
 
-// What stands before a use of `p` is not done after it, nor the other way round.
+// The compiler moves no request for memory that is made from `p` past this.
 inline void stay(const uint8_t *&p) { asm volatile("" : "+r"(p)); }
 
 // R rows times one panel, in the order of `tile` (panels.h).
