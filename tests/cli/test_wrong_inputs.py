@@ -64,6 +64,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("chat nowhere", "CheckpointError: nowhere: no such folder; give a checkpoint"),
         ("chat 127.0.0.1:8000", "127.0.0.1:8000: there is no such folder; did you mean http://127.0.0.1:8000?"),
         ("chat ftp://x/y", "ftp://x/y: there is no such folder; servers are spoken with over http:// or https://"),
+        ("chat http:/127.0.0.1:9", "http:/127.0.0.1:9: there is no such folder; servers are spoken with over http:// or"),
+        ("chat file:///nowhere", "CheckpointError: file:/nowhere: no such folder; give a checkpoint"),
         ("chat http://127.0.0.1:9 --dtype float32", "--dtype float32 belongs to a checkpoint; a server computes as it was"),
         ("diff model nowhere", "CheckpointError: nowhere: no such folder"),
         ("lineage model --svg no/tree.svg", "--svg no/tree.svg: No such file or directory; give a file in a folder"),

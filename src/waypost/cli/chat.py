@@ -94,10 +94,11 @@ def command(
 
 
 def _check_folder(checkpoint: str) -> None:
-    """ConfigError for what looks like a server's address, but is no URL that chat speaks; opening the folder says the rest."""
+    """ConfigError for what looks like a server's address, but is no URL that chat speaks. The rest is said by who opens it, for
+    a checkpoint may lie in an object store too."""
     if Path(checkpoint).exists():
         return
-    if "://" in checkpoint:
+    if re.match(r"(https?|ftps?|wss?|tcp|grpc):", checkpoint):
         raise ConfigError(f"{checkpoint}: there is no such folder; servers are spoken with over http:// or https://")
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", checkpoint):
         raise ConfigError(f"{checkpoint}: there is no such folder; did you mean http://{checkpoint}?")
