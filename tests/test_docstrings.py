@@ -5,7 +5,7 @@ that has been described elsewhere is not described twice, so these need no docst
 
 - a technique, which is a whole file: the header with its paper stands on top of it; a claim says at its `measure` what it
   compares;
-- an operator, `linear` in kernels/linear/cpu.py: the Protocol in kernels/ops.py speaks for every twin;
+- an operator, `linear` in kernels/linear/cpu.py: the Protocol in kernels/ops.py, or layers/ops.py, speaks for every twin;
 - a method that a contract declares, where it is declared (the Protocol's own docstring speaks for its members) and where
   a class meets the contract, has a documented base that does, or is called by PyTorch (`forward`, `backward`);
 - a property of one `return`: name and type are the sentence; and `main`, for which its module's docstring speaks.
@@ -112,8 +112,9 @@ def is_plain_property(node: Function) -> bool:
 
 @functools.cache
 def operators() -> set[str]:
-    """The fields of Ops: the operators that kernels/ops.py describes once for every set."""
-    return {f.target.id for f in classes()["Ops"][0].body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)}
+    """The fields of Ops and AtOnceOps: the operators that are described once for every set."""
+    sets = [*classes()["Ops"][0].body, *classes()["AtOnceOps"][0].body]
+    return {f.target.id for f in sets if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)}
 
 
 def is_technique(node: ast.ClassDef, tree: ast.Module) -> bool:

@@ -13,7 +13,8 @@ from waypost.serve.scheduling import Layered
 
 
 def test_names_and_fields() -> None:
-    assert serving_techniques(None, None) == {"kv_policy": None, "drafting": None, "policy": None}
+    assert serving_techniques(None, "none") == {"kv_policy": None, "drafting": None, "policy": None}
+    assert serving_techniques(None, "auto")["drafting"] == "auto"
     assert serving_techniques("h2o", "ngram") == {"kv_policy": H2O(), "drafting": NGram(), "policy": None}
     want = {
         "kv_policy": H2O(budget=0.5, stride_tokens=8), "drafting": NGram(num_draft_tokens=3), "policy": Layered(max_groups=4),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,9 +50,9 @@ def poison(engine: Engine, pages: list[int] | None = None) -> None:
 
 
 def make_engine(
-    model: Decoder, *, num_pages: int = 64, max_batch_tokens: int = 64, policy: Policy | None = None, **more: int
+    model: Decoder, *, num_pages: int = 64, max_batch_tokens: int = 64, policy: Policy | None = None, **more: Any
 ) -> Engine:
-    engine = Engine(model, num_pages=num_pages, max_batch_tokens=max_batch_tokens, policy=policy, **more)  # type: ignore[arg-type]
+    engine = Engine(model, num_pages=num_pages, max_batch_tokens=max_batch_tokens, policy=policy, **more)
     poison(engine)
     return engine
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from waypost.serve import draft_worth
 from waypost.serve.draft_worth import (
     DECLINED,
+    FORGET,
     HOPE,
     HOPED,
     KNOWN,
@@ -75,10 +76,9 @@ def test_acceptance_counts_what_was_found_out() -> None:
     acceptance.learn(4, 4)
     assert acceptance.chance > HOPED
     acceptance.learn(4, 0)
-    assert (acceptance.tried, acceptance.came_true) == (5.0, 4.0), "of three guesses after a wrong one nothing is known"
-    assert acceptance.chance == pytest.approx((4 + HOPE * HOPED) / (5 + HOPE))
-    acceptance.fade()
-    assert acceptance.tried < 5.0
+    found = (acceptance.tried, acceptance.came_true)
+    assert found == (4 * FORGET + 1, 4 * FORGET), "of three guesses after a wrong one nothing is known"
+    assert acceptance.chance == pytest.approx((4 * FORGET + HOPE * HOPED) / (4 * FORGET + 1 + HOPE))
 
 
 def test_what_a_step_takes_is_hoped_then_measured() -> None:

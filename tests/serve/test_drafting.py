@@ -162,7 +162,8 @@ def test_guesses_change_no_bit(data: st.DataObject) -> None:
     assert [answers_of(c)[0] for c in engine.generate(prompts, wishes)] == want
     engine.scheduler.check()
     assert engine.pool.held == 0
-    assert (engine.drafts._known, engine.drafts._met) == ({}, set()), "what is known of a text goes with it"
+    for account in (engine.drafts.steps, engine.drafts.strides):
+        assert (account._known, account._met) == ({}, set()), "what is known of a text goes with it"
 
 
 def test_right_guesses_save_steps_and_wrong_ones_are_taken_back() -> None:

@@ -35,7 +35,7 @@ def test_the_likeliest_token_alone_is_that_of_all_logits(variant: str, monkeypat
     complete, rows_seen = ends.screen.complete, []
 
     def watched(x: torch.Tensor, *rest: Any) -> None:
-        rows_seen.append(len(x) * rest[-1])  # of so many passes
+        rows_seen.append(rest[4] if len(rest) > 4 else len(x))  # rows of several passes
         complete(x, *rest)
 
     monkeypatch.setattr(ends.screen, "complete", watched)

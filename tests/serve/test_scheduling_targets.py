@@ -192,7 +192,7 @@ def test_a_policy_that_knows_the_cache_computes_less() -> None:
 
 def real(trace: list[Arrival], policy: Policy, **options: int) -> list[list[float]]:
     """The steps in which the engine itself draws each token, one unit a step, requests arriving between steps."""
-    engine = make_engine(model_of("gqa", "fp32"), policy=policy, **options)
+    engine = make_engine(model_of("gqa", "fp32"), policy=policy, drafting=None, **options)
     tokens: dict[str, list[float]] = {str(i): [] for i in range(len(trace))}
     now, arrived = 0.0, 0
     while arrived < len(trace) or not engine.idle:

@@ -172,7 +172,7 @@ def test_generate_takes_several_at_a_time(model: Decoder, monkeypatch: pytest.Mo
     monkeypatch.setattr(stride, "run", watched)
     monkeypatch.setattr(stride, "UNHEARD_S", 1e9)
     monkeypatch.setattr(stride, "MOST", 8)
-    make_engine(model).generate([prompt_of(5, 1)], replace(GREEDY, ignore_eos=True))
+    make_engine(model, drafting=None).generate([prompt_of(5, 1)], replace(GREEDY, ignore_eos=True))
     assert seen == [0, 0, 2, 4, 8, 5]
 
 

@@ -83,11 +83,11 @@ KvPolicyName = Annotated[
     ),
 ]
 DraftingName = Annotated[
-    str | None,
+    str,
     typer.Option(
         metavar="NAME[:FIELD=VALUE,...]",
-        help="Guess tokens ahead and verify several at a time: ngram or trigram. The answers are the same bits.",
-        show_default="none",
+        help="Guess tokens ahead and verify several at a time: ngram, trigram, none, or auto: ngram while at most two answers "
+        "are being made. The answers are the same bits.",
     ),
 ]
 
@@ -117,7 +117,7 @@ def technique_of(text: str | None, what: str, rows: Mapping[str, Any]) -> Any:
     return build(Table(what, rows).resolve(name), tree, f"--{what} {name}")
 
 
-def serving_techniques(kv: str | None, drafting: str | None, scheduling: str | None = None) -> dict[str, Any]:
+def serving_techniques(kv: str | None, drafting: str, scheduling: str | None = None) -> dict[str, Any]:
     """What --kv, --drafting and --scheduling name, as the engine takes it."""
     from waypost.serve import kv as caching
     from waypost.serve import scheduling as policies
@@ -125,7 +125,9 @@ def serving_techniques(kv: str | None, drafting: str | None, scheduling: str | N
 
     return {
         "kv_policy": technique_of(kv, "kv", caching.POLICIES),
-        "drafting": technique_of(drafting, "drafting", DRAFTERS),
+        "drafting": drafting
+        if drafting == "auto"
+        else technique_of(None if drafting == "none" else drafting, "drafting", DRAFTERS),
         "policy": technique_of(scheduling, "scheduling", policies.POLICIES),
     }
 

@@ -89,7 +89,7 @@ def command(
     kernel: Kernel = "auto",
     threads: Threads = None,
     kv: KvPolicyName = None,
-    drafting: DraftingName = None,
+    drafting: DraftingName = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt in the terminal, or hold a conversation.

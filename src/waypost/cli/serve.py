@@ -87,7 +87,7 @@ def command(
     ] = True,
     threads: Threads = None,
     kv: KvPolicyName = None,
-    drafting: DraftingName = None,
+    drafting: DraftingName = "auto",
     scheduling: SchedulingName = None,
     api_key: Annotated[
         str | None,

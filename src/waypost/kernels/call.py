@@ -20,6 +20,7 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
         "attention_forward": [_P, _L, _P, _P, _L, _P, _I, _P, _P, _I, _I, _I, _I, _D, _I, _P, _P, _I],
         "write_pages": [_P, _L, _P, _L, _P, _P, _L, _P, _I, _I, _I],
         "run_layers": [_P, _I, _P, _I, _P, _P, _P, _P, _P, _L, _L, _I],
+        "run_passes": [_P, _I, _P, _P, _P, _P, _P, _P, _P, _L, _I],
         "linear": [_P, _L, _L, _P, _L, _P, _I],
         "linear_plain": [_P, _L, _L, _P, _L, _P, _I],
         "pack_panels": [_P, _L, _L, _P, _I],
@@ -67,8 +68,8 @@ SIGNATURES: dict[str, dict[str, list[Any]]] = {
 """What each of compiling.GROUPS exports: names and argument types."""
 
 RETURNS: dict[str, Any] = {
-    "squared_norm": c_double, "greedy": c_long, "greedy_pays": c_int, "run_layers": c_long, "compact_pays": c_int,
-    "pack_compact": c_long,
+    "squared_norm": c_double, "greedy": c_long, "greedy_pays": c_int, "run_layers": c_long, "run_passes": c_long,
+    "compact_pays": c_int, "pack_compact": c_long,
 }  # fmt: skip
 
 _GROUP_OF = {name: group for group, functions in SIGNATURES.items() for name in functions}

@@ -41,7 +41,7 @@ _Unit = tuple[tuple[str, ...], tuple[str, ...]]
 GROUPS: dict[str, tuple[_Unit, ...]] = {
     "pass": (
         (("attention/forward.cpp", "rms_norm/forward.cpp"), ELEMENTS),
-        (("layers/layers.cpp", "linear/linear.cpp"), _ROWS),
+        (("layers/layers.cpp", "layers/passes.cpp", "linear/linear.cpp"), _ROWS),
     ),
     "elementwise": ((("rope/rope.cpp", "swiglu/swiglu.cpp"), ELEMENTS),),
     "logits": ((("cross_entropy/cross_entropy.cpp", "draw/draw.cpp", "largest/largest.cpp"), ELEMENTS),),

@@ -8,6 +8,8 @@ from waypost.kernels.cross_entropy.cpu import cross_entropy_gradient, log_sum_ex
 from waypost.kernels.draw.cpu import draw
 from waypost.kernels.largest.cpu import largest
 from waypost.kernels.layers.cpu import run_greedy, run_layers, run_model
+from waypost.kernels.layers.ops import AtOnceOps
+from waypost.kernels.layers.passes import run_passes
 from waypost.kernels.linear.cpu import linear
 from waypost.kernels.low_rank.cpu import low_rank
 from waypost.kernels.ops import Ops
@@ -38,7 +40,5 @@ def ops() -> Ops:
         squared_norm,
         WHOLE,
         low_rank,
-        run_layers,
-        run_model,
-        run_greedy,
+        AtOnceOps(run_layers, run_model, run_greedy, run_passes),
     )

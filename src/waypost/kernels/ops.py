@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from waypost.kernels.layers.weights import LayerAdapters, LayerTable, ModelEnds
+    from waypost.kernels.layers.ops import AtOnceOps
     from waypost.kernels.low_rank.factors import Factors
     from waypost.kernels.vocabulary import Vocabulary
 
@@ -162,45 +162,6 @@ class Pages:
     """(T,) int64."""
 
 
-class RunLayersOp(Protocol):
-    """h (T, C) through the layers of `table` that `order` names, at once -> (T, C). Not differentiable.
-
-    cos and sin (T, D/2) float32 are the rows' angles; starts (S + 1,) and context (S,) are those of the batch. Writes the
-    rows' keys and values to `pages`. `which` (T,) int32 says which of `adapters` changes each row, -1: none. The bits are
-    those of the other operators, one by one.
-    """
-
-    def __call__(
-        self, table: LayerTable, order: Sequence[int], h: Tensor, pages: Pages, starts: Tensor, context: Tensor,
-        cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
-    ) -> Tensor: ...  # fmt: skip
-
-
-class RunModelOp(Protocol):
-    """tokens (T,) through the embedding, all layers of `table`, the last norm and the head of `ends` -> logits (n, V) of
-    the rows `wanted` (n,) int64; None: of every row. The rest as for RunLayersOp.
-    """
-
-    def __call__(
-        self, table: LayerTable, ends: ModelEnds, tokens: Tensor, wanted: Tensor | None, pages: Pages, starts: Tensor,
-        context: Tensor, cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
-    ) -> Tensor: ...  # fmt: skip
-
-
-class RunGreedyOp(Protocol):
-    """As RunModelOp, for `ends` with a screen -> LargestOp of the logits of `wanted`, for each of n `passes` (n, m) and (n, m).
-
-    A pass takes as its tokens the places that the pass before it has found: more than one need `wanted` None and a row a
-    sequence, and of pages.slots, `context`, `cos` and `sin` a part each, one behind the other.
-    """
-
-    def __call__(
-        self, table: LayerTable, ends: ModelEnds, tokens: Tensor, wanted: Tensor | None, pages: Pages, starts: Tensor,
-        context: Tensor, cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
-        passes: int = 1,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Ops:
     """One coherent set of operators. Two runs promise equal bits only on equal sets (`name`)."""
@@ -221,12 +182,10 @@ class Ops:
     squared_norm: SquaredNormOp
     vocabulary: Vocabulary
     low_rank: LowRankOp
-    run_layers: RunLayersOp | None = None
-    run_model: RunModelOp | None = None
-    run_greedy: RunGreedyOp | None = None
+    at_once: AtOnceOps | None = None
     """None: layers are run an operator at a time."""
 
     @property
     def compiled(self) -> bool:
         """Whether these are the compiled operators of a CPU, for which weights are packed."""
-        return self.run_model is not None
+        return self.at_once is not None

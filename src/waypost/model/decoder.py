@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from waypost.core import rng
 from waypost.core.batch import Batch
 from waypost.kernels import Ops, select
+from waypost.kernels.layers.ops import Guessing, Passed, Text
 from waypost.model.config import LayerSpec, ModelConfig
 from waypost.model.linear.dense import Linear
 from waypost.model.norm import build_norm
@@ -87,9 +88,8 @@ class AtOnce(Protocol):
         """Of each row of `logits` the largest (n,), in float32, NaN where there is one, and the first place (n,) with it."""
         ...
 
-    def passes(self, rows: Rows, positions: Tensor, context: Tensor, slots: Tensor) -> tuple[Tensor, Tensor] | None:
-        """`largest` of n passes, (n, S) each; the tokens of a pass are what the one before has found. Positions, cached tokens
-        and slots of all of them (n, S); `rows` is the first, a row a sequence."""
+    def passes(self, rows: Rows, texts: Sequence[Text], positions: Tensor, passes: int, guessing: Guessing) -> Passed | None:
+        """RunPassesOp (kernels/layers/ops.py); `rows` is the first pass without guesses, a row a sequence, positions (S, R)."""
         ...
 
 

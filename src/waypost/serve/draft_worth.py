@@ -14,20 +14,20 @@ SHARE * steps and, for the first texts and for as many new ones again, OPENING a
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median, median_low
 
 FORGET = 0.995
-"""What a past guess still counts a step later."""
+"""What past guesses still count at the next."""
 HOPE, HOPED = 2.0, 0.7
 """What a guess is worth before any was tried: as if of two, 1.4 had come true."""
 LEAST = 0.1
 """A guess that is less likely to come true is not tried, even where its row seems to be free."""
 VALUE = 0.75
 """Of a token that all streams wait for together, what an accepted guess is worth: it brings one stream ahead of the others, and
-those that end early leave smaller steps. A gain that it hides is small."""
+those that end early leave smaller steps. A gain that it hides is small. A stream that is alone gains all of it."""
 TILE_ROWS = 8
 """Rows that the products take together: the ninth costs more than the eighth."""
 TILES_BEFORE_ROWS = 1.5
@@ -60,15 +60,10 @@ class Acceptance:
         """That the next guess comes true, if those before it did."""
         return (self.came_true + HOPED * HOPE) / (self.tried + HOPE)
 
-    def fade(self) -> None:
-        """A step has passed."""
-        self.tried *= FORGET
-        self.came_true *= FORGET
-
     def learn(self, drafted: int, accepted: int) -> None:
         """Of `drafted` guesses the first `accepted` came true; of those after the first false one nothing is known."""
-        self.tried += accepted + (accepted < drafted)
-        self.came_true += accepted
+        self.tried = FORGET * self.tried + accepted + (accepted < drafted)
+        self.came_true = FORGET * self.came_true + accepted
 
 
 @dataclass
@@ -87,9 +82,19 @@ class Regime:
     _declined: int = 0
 
     @property
+    def value(self) -> float:
+        """What a guess's coming true is worth, in tokens."""
+        return VALUE if self.sequences > 1 else 1.0
+
+    @property
+    def plain(self) -> int:
+        """Steps without guesses that are due before the next with some, so that it is known what they take."""
+        return max(KNOWN - len(self._plain_s), int(self._since_plain >= KNOWN_FOR * max(self.credit, 1.0)))
+
+    @property
     def drafts(self) -> bool:
         """Whether the next step may have guesses."""
-        return self.on and len(self._plain_s) >= KNOWN and self._since_plain < KNOWN_FOR * max(self.credit, 1.0)
+        return self.on and self.plain == 0
 
     def meet(self, count: int) -> None:
         """`count` of the sequences have texts that are new."""
@@ -98,7 +103,7 @@ class Regime:
     def choose(self, chances: Sequence[float]) -> int:
         """How many guesses to run in the next step, the likeliest first; `chances`, falling: that each comes true."""
         room = TILE_ROWS * (max([tiles(self.sequences), *self._ratios]) + 1) - self.sequences  # a tile more than was measured
-        count = worthwhile([chance for chance in chances[:room] if chance >= LEAST], self.sequences, self.ratio)
+        count = worthwhile([chance for chance in chances[:room] if chance >= LEAST], self.sequences, self.ratio, self.value)
         self._declined = 0 if count else self._declined + bool(chances)
         return count
 
@@ -113,7 +118,7 @@ class Regime:
             self._since_plain += 1
             ratios = self._ratios.setdefault(tiles(rows), deque(maxlen=RECENT))
             ratios.append(step_s / plain_s)
-            gain = 1.0 + VALUE * accepted / self.sequences - min(median(ratios), PAUSE * self._hoped(tiles(rows)))
+            gain = 1.0 + self.value * accepted / self.sequences - min(median(ratios), PAUSE * self._hoped(tiles(rows)))
         self._book(gain - guessing_s / plain_s)
 
     def ratio(self, rows: int) -> float:
@@ -142,15 +147,67 @@ def tiles(rows: int) -> int:
     return -(-rows // TILE_ROWS)
 
 
-def worthwhile(chances: Sequence[float], sequences: int, ratio: Callable[[int], float]) -> int:
+@dataclass
+class Account:
+    """What is known of one way of running steps: by the number of their sequences, and of each sequence, by its arrival."""
+
+    regimes: dict[int, Regime] = field(default_factory=dict)
+    _known: dict[int, tuple[int, Acceptance]] = field(default_factory=dict)  # and since which trial
+    _met: set[int] = field(default_factory=set)
+
+    def regime(self, sequences: int) -> Regime:
+        """Of steps of so many."""
+        return self.regimes.get(sequences) or self.regimes.setdefault(sequences, Regime(sequences))
+
+    def meet(self, arrivals: Sequence[int]) -> Regime:
+        """These sequences decode in the next step."""
+        regime, new = self.regime(len(arrivals)), {*arrivals} - self._met
+        if new:
+            self._met |= new
+            regime.meet(len(new))
+        return regime
+
+    def knows(self, arrival: int) -> bool:
+        """Whether its guesses are counted."""
+        return arrival in self._known
+
+    def acceptance(self, arrival: int, trial: int) -> Acceptance:
+        """How often its guesses came true. Forgotten when guessing is tried again: its text may have begun to repeat."""
+        since, known = self._known.get(arrival, (trial, None))
+        if known is None or since < trial:
+            known = Acceptance()
+            self._known[arrival] = trial, known
+        return known
+
+    def chosen(self, chains: Iterable[tuple[int, int]], regime: Regime) -> Counter[int]:
+        """arrival -> how many of its guesses are worth their rows, all `chains`, (arrival, guesses), taken together."""
+        likely: list[tuple[float, int]] = []
+        for arrival, guesses in chains:
+            chance = self.acceptance(arrival, regime.trials).chance
+            likely += [(chance**depth, arrival) for depth in range(1, guesses + 1)]
+        likely.sort(key=lambda one: -one[0])
+        return Counter(of for _, of in likely[: regime.choose([value for value, _ in likely])])
+
+    def learn(self, arrival: int, drafted: int, accepted: int) -> None:
+        """Of its guesses of a step the first `accepted` came true; of a sequence that has ended nothing is kept."""
+        if arrival in self._known:
+            self._known[arrival][1].learn(drafted, accepted)
+
+    def forget(self, arrival: int) -> None:
+        """It has ended."""
+        self._known.pop(arrival, None)
+        self._met.discard(arrival)
+
+
+def worthwhile(chances: Sequence[float], sequences: int, ratio: Callable[[int], float], value: float = VALUE) -> int:
     """How many guesses to run, the likeliest first, for the most tokens a second.
 
-    `chances`, falling: that each guess comes true. `ratio(rows)`: what a step of so many rows takes. Counts that leave a tile
-    half empty are not looked at, but for all guesses together.
+    `chances`, falling: that each guess comes true, which is worth `value` tokens. `ratio(rows)`: what a step of so many rows
+    takes. Counts that leave a tile half empty are not looked at, but for all guesses together.
     """
     best, best_rate, expected = 0, float(sequences), float(sequences)
     for count, chance in enumerate(chances, 1):
-        expected += VALUE * chance
+        expected += value * chance
         if (sequences + count) % TILE_ROWS == 0 or count == len(chances):
             rate = expected / ratio(sequences + count)
             if rate > best_rate:

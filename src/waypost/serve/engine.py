@@ -45,7 +45,7 @@ from waypost.serve.sampling import Draw, Likeliest, Sampling, sample
 from waypost.serve.sampling.grammar import Grammars
 from waypost.serve.scheduler import LiveSequence, Scheduler, advance
 from waypost.serve.scheduling import Chunked, Policy, Span
-from waypost.serve.speculation import Speculation
+from waypost.serve.speculation import Auto, Speculation
 from waypost.serve.stats import Stats
 from waypost.serve.swap import Mode, Pending, Weights, check_mode, with_weights
 
@@ -67,7 +67,7 @@ class Engine:
     `arithmetic` torch.float32 computes in float32 over 16-bit weights (model/linear/layercast.py).
     `num_pages` None sizes the cache by the memory at hand. `threads` sets PyTorch's number of threads for the process.
     `prefix_cache` False computes every prompt from its first token; the answers are the same bits.
-    `kv_policy` may drop cached keys (serve/kv); `drafting` guesses tokens ahead, and the answers are the same bits.
+    `kv_policy` may drop cached keys (serve/kv); `drafting` guesses tokens ahead for the same bits ("auto": of one or two).
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Engine:
         dtype: torch.dtype | None = None, arithmetic: torch.dtype | None = None, max_seq_len: int | None = None,
         num_pages: int | None = None, max_batch_tokens: int = 512, max_sequences: int = 64, policy: Policy | None = None,
         threads: int | None = None, prefix_cache: bool = True, tokenizer: TextTokenizer | None = None,
-        kv_policy: KvPolicy | None = None, drafting: Drafter | None = None,
+        kv_policy: KvPolicy | None = None, drafting: Drafter | Auto | None = "auto",
     ) -> None:  # fmt: skip
         began_s = time.monotonic()
         self.eos_ids: list[int] = []
@@ -107,7 +107,7 @@ class Engine:
         if num_pages is None:
             num_pages = loading.num_pages(config, self.dtype, self.max_seq_len, max_sequences)
         kept = Full() if kv_policy is None else kv_policy
-        check_policy(kept, config, drafts=drafting is not None)
+        check_policy(kept, config, drafts=drafting not in (None, "auto"))
         self.pool = PagePool(num_pages)
         self.kv = PagedKv(config, num_pages, self.dtype, kept.counts_attention)
         self.scheduler = Scheduler(
@@ -119,7 +119,7 @@ class Engine:
         self._outbox: list[Delta] = []
         self._arrivals = 0
         self._stats = Stats(pages_total=num_pages)
-        self.drafts = Speculation(drafting, self.scheduler, self._stats)
+        self.drafts = Speculation.of(drafting, self.model.ops, self.scheduler, self._stats)
         self._thread: EngineThread | None = None
         self.weight_version = 0
         """Number of swaps so far; every token says the version that drew it."""
@@ -229,22 +229,23 @@ class Engine:
             self._end(live, "deadline")
         self._swap_if_due()
         deltas, self._outbox = self._outbox, []
-        spans = self.drafts.lengthen(self.scheduler.plan())
+        spans = self.scheduler.plan()
         if spans:
-            self.kv.expect(self.pool.highest)
             self._mark(spans, began)
-            decodes = all(s.sequence.decoding for s in spans)
-            count, size = 0, self.scheduler.ledger.tokens(spans)
+            decodes, count = all(s.sequence.decoding for s in spans), 0
             try:
                 if most > 1 and self._undisturbed:
                     told = deltas, self._computed, self._draw
-                    count = stride.run(self.model, self.kv, self.scheduler, spans, most, *told)
-                deltas += self._run(spans) if count == 0 else []
+                    count = stride.run(self.model, self.kv, self.drafts, spans, most, *told)
+                if count == 0:
+                    spans = self.drafts.lengthen(spans)
+                    self.kv.expect(self.pool.highest)
+                    deltas += self._run(spans)
             except Exception as error:
                 deltas += self._fail(spans, error)
-            took_s, count = time.monotonic() - began, max(1, count)
-            self._stats.steps(count, took_s, size)
-            if decodes:
+            took_s, size = time.monotonic() - began, self.scheduler.ledger.tokens(spans)
+            self._stats.steps(max(1, count), took_s, size)
+            if decodes and count == 0:
                 self.drafts.observe(spans, took_s)
         return deltas
 
@@ -252,7 +253,7 @@ class Engine:
     def _undisturbed(self) -> bool:
         """Whether nothing but its tokens ends a sequence, and each gets one a pass."""
         timeless = all(live.ends_s == math.inf for live in self._live.values())
-        return timeless and self._pending is None and self.drafts.drafter is None
+        return timeless and self._pending is None
 
     def _computed(self, spans: Sequence[Span]) -> None:
         advance(spans, len(self.model.config.layers))

@@ -15,20 +15,30 @@ Shapes: n rows, V vocab_size.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from waypost.serve.draft_worth import Acceptance, Regime
-from waypost.serve.drafting import Drafter
+from waypost.kernels.layers.ops import Guessing, Passed
+from waypost.kernels.ops import Ops
+from waypost.serve.draft_worth import Account
+from waypost.serve.drafting import Drafter, NGram
 from waypost.serve.drafting._shared import Wish
 from waypost.serve.ledger import LiveSequence
 from waypost.serve.request import Delta
 from waypost.serve.scheduler import Scheduler
 from waypost.serve.scheduling import Span
 from waypost.serve.stats import Stats
+
+Auto = Literal["auto"]
+FEW = 2
+"""Sequences at work, beyond which nothing is guessed where nobody has chosen a drafter: from four on it gained too little."""
+LEAST_COST = 0.1
+"""In passes: what one with guesses is taken to cost more than one without, where less was measured."""
 
 
 @dataclass
@@ -38,17 +48,28 @@ class Speculation:
     drafter: Drafter | None
     scheduler: Scheduler
     stats: Stats
+    most_sequences: float = math.inf
+    """At work at once; with more of them nothing is guessed."""
     always: bool = False
     """As many guesses as there is room for, whether they pay or not: for measuring what they cost."""
     clock: Callable[[], float] = time.perf_counter
     """Seconds; tokens and log-probabilities do not depend on it."""
-    regimes: dict[int, Regime] = field(default_factory=dict)
-    """Sequences of a decoding step -> what is known of such steps."""
+    steps: Account = field(default_factory=Account)
+    """Of single steps."""
+    strides: Account = field(default_factory=Account)
+    """Of steps that run several in one go (stride.py), where the kernel guesses as NGram does."""
+
+    @classmethod
+    def of(cls, drafting: Drafter | Auto | None, ops: Ops, scheduler: Scheduler, stats: Stats) -> Speculation:
+        """Under "auto" n-grams for FEW, where the engine is exact, so that they change nothing but its speed, and where no KV
+        policy stands against them."""
+        if drafting != "auto":
+            return cls(drafting, scheduler, stats)
+        may = ops.name != "fast" and not scheduler.ledger.kv_policy.counts_attention
+        return cls(NGram() if may else None, scheduler, stats, FEW)
 
     def __post_init__(self) -> None:
         self._proposer = self.drafter.build() if self.drafter is not None else None
-        self._known: dict[int, tuple[int, Acceptance]] = {}
-        self._met: set[int] = set()
         self._guessing_s = self._prompts_s = 0.0
         self._accepted = 0
 
@@ -64,12 +85,11 @@ class Speculation:
     def lengthen(self, spans: list[Span]) -> list[Span]:
         """`spans`, decodes among them with guesses for which there are rows and pages."""
         self._guessing_s, self._prompts_s, self._accepted = 0.0, 0.0, 0
-        if self._proposer is None or not spans:
+        if not self._guesses(len(spans)):
             return spans
-        regime = self.regimes.get(len(spans)) or self.regimes.setdefault(len(spans), Regime(len(spans)))
-        decoding = all(s.sequence.decoding for s in spans)
+        regime, decoding = self.steps.regime(len(spans)), all(s.sequence.decoding for s in spans)
         if decoding:
-            self._meet(spans, regime)
+            self.steps.meet([s.sequence.arrival for s in spans])
         if not (self.always or (regime.drafts and decoding)):
             return spans
         drafting = [s for s in spans if self._may(s)]
@@ -77,35 +97,35 @@ class Speculation:
         began = self.clock()
         chains = self._chains(drafting)
         room = int(self.scheduler.max_batch_tokens - self.scheduler.ledger.tokens(spans))
-        counts = {id(s): len(guesses) for s, guesses in chains} if self.always else self._chosen(chains, regime)
-        out = {id(s): s for s in spans}
+        lengths = {s.sequence.arrival: len(guesses) for s, guesses in chains}
+        counts = lengths if self.always else self.steps.chosen(lengths.items(), regime)
+        out = {s.sequence.arrival: s for s in spans}
         for span, guesses in chains:
-            if counts[id(span)]:
-                draft = self.scheduler.make_room(span, guesses[: min(counts[id(span)], room)])
+            arrival = span.sequence.arrival
+            if counts[arrival]:
+                draft = self.scheduler.make_room(span, guesses[: min(counts[arrival], room)])
                 room -= len(draft)
-                out[id(span)] = replace(span, draft=tuple(draft))
+                out[arrival] = replace(span, draft=tuple(draft))
         self._guessing_s += self.clock() - began
         return list(out.values())
 
-    def _meet(self, spans: Sequence[Span], regime: Regime) -> None:
-        new = {s.sequence.arrival for s in spans} - self._met
-        if new:
-            self._met |= new
-            regime.meet(len(new))
+    def _guesses(self, sequences: int) -> bool:
+        return self._proposer is not None and 0 < sequences <= self.most_sequences
 
     def _follow(self, spans: Sequence[Span], trial: int) -> None:
         """Shows the drafter how texts have gone on. Its first sight of one is charged to no decoding step: that is a thousandth
         of what computing the prompt took, and would end a trial before the first guess."""
         assert self._proposer is not None
-        new = [s.sequence for s in spans if s.sequence.arrival not in self._known]
-        old = [s.sequence for s in spans if s.sequence.arrival in self._known]
+        new = [s.sequence for s in spans if not self.steps.knows(s.sequence.arrival)]
+        old = [s.sequence for s in spans if self.steps.knows(s.sequence.arrival)]
         times = [self.clock()]
         for sequences in (new, old):
             for sequence in sequences:
                 self._proposer.observe(sequence.arrival, sequence.tokens)
             times.append(self.clock())
         self._prompts_s, self._guessing_s = times[1] - times[0], times[2] - times[1]
-        self._known.update((sequence.arrival, (trial, Acceptance())) for sequence in new)
+        for sequence in new:
+            self.steps.acceptance(sequence.arrival, trial)
 
     def _chains(self, spans: Sequence[Span]) -> list[tuple[Span, list[int]]]:
         """What is guessed to follow each of `spans`, as far as its answer may go on; the draw after the last guess is a
@@ -119,32 +139,11 @@ class Speculation:
         proposed = self._proposer.propose([wish for _, wish in asked])
         return [(span, guesses[: wish.most]) for (span, wish), guesses in zip(asked, proposed, strict=True)]
 
-    def _chosen(self, chains: Sequence[tuple[Span, list[int]]], regime: Regime) -> Counter[int]:
-        """id of a span -> how many of its guesses are worth their rows, all spans taken together."""
-        likely: list[tuple[float, int]] = []
-        for span, guesses in chains:
-            known = self._acceptance(span, regime.trials)
-            known.fade()
-            value = chance = known.chance
-            for _ in guesses:
-                likely.append((value, id(span)))
-                value *= chance
-        likely.sort(key=lambda one: -one[0])
-        return Counter(of for _, of in likely[: regime.choose([value for value, _ in likely])])
-
-    def _acceptance(self, span: Span, trial: int) -> Acceptance:
-        """Of a sequence, forgotten when guessing is tried again: its text may have begun to repeat."""
-        since, known = self._known[span.sequence.arrival]
-        if since < trial:
-            known = Acceptance()
-            self._known[span.sequence.arrival] = trial, known
-        return known
-
     def observe(self, spans: Sequence[Span], took_s: float) -> None:
         """The step of `spans`, decodes all of them, took `took_s` from before `lengthen` on."""
-        if self._proposer is not None:
+        if self._guesses(len(spans)):
             rows = sum(s.num_rows for s in spans)
-            self.regimes[len(spans)].observe(rows, took_s - self._prompts_s, self._guessing_s, self._accepted)
+            self.steps.regime(len(spans)).observe(rows, took_s - self._prompts_s, self._guessing_s, self._accepted)
 
     def follow(
         self, spans: Sequence[Span], first_row: dict[int, int], draw: Callable[[list[LiveSequence], list[int]], list[Delta]]
@@ -171,8 +170,8 @@ class Speculation:
         """`sequence` has ended."""
         if self._proposer is not None:
             self._proposer.forget(sequence.arrival)
-            self._known.pop(sequence.arrival, None)
-            self._met.discard(sequence.arrival)
+            self.steps.forget(sequence.arrival)
+            self.strides.forget(sequence.arrival)
 
     def _may(self, span: Span) -> bool:
         s = span.sequence
@@ -180,10 +179,45 @@ class Speculation:
         return whole and s.decoding and s.answer.num_tokens > 0
 
     def _settle(self, span: Span, accepted: int) -> None:
-        self.stats.num_drafts += 1
-        self.stats.draft_tokens += len(span.draft)
-        self.stats.accepted_tokens += accepted
+        self._count(len(span.draft), accepted)
         self._accepted += accepted
-        if span.sequence.arrival in self._known:  # its last token did not end it
-            self._known[span.sequence.arrival][1].learn(len(span.draft), accepted)
+        self.steps.learn(span.sequence.arrival, len(span.draft), accepted)
         self.scheduler.trim(span, accepted)
+
+    def _count(self, drafted: int, accepted: int) -> None:
+        self.stats.num_drafts += 1
+        self.stats.draft_tokens += drafted
+        self.stats.accepted_tokens += accepted
+
+    # Of several steps in one go
+
+    def strides_with(self, sequences: int) -> bool:
+        """Whether steps of so many may run several in one go: where nothing is guessed, or the kernel can do it."""
+        return isinstance(self.drafter, NGram) or not self._guesses(sequences)
+
+    def guessing(self, spans: Sequence[Span]) -> tuple[list[int], Guessing]:
+        """For passes of `spans` in one go: how many guesses each of them may have in a pass, and when."""
+        drafter, arrivals = self.drafter, [s.sequence.arrival for s in spans]
+        if not (isinstance(drafter, NGram) and self._guesses(len(spans))):
+            return [0] * len(spans), Guessing()
+        most, ends = drafter.num_draft_tokens, (drafter.max_ngram, drafter.min_ngram)
+        if self.always:
+            return [most] * len(spans), Guessing(*ends, credit=math.inf)
+        regime = self.strides.meet(arrivals)
+        chosen = self.strides.chosen([(arrival, most) for arrival in arrivals], regime) if regime.on else Counter[int]()
+        cost = max(LEAST_COST, regime.ratio(len(spans) + chosen.total()) - 1)
+        return [chosen[a] for a in arrivals], Guessing(*ends, regime.plain, regime.credit, cost, regime.value)
+
+    def book(self, spans: Sequence[Span], passed: Passed) -> None:
+        """What passes of `spans` in one go have come to."""
+        if not self._guesses(len(spans)):
+            return
+        regime, arrivals = self.strides.regime(len(spans)), [s.sequence.arrival for s in spans]
+        for took_s, guessed, accepted in zip(
+            passed.seconds.tolist(), passed.guessed.t().tolist(), passed.accepted.t().tolist()
+        ):
+            for arrival, drafted, true in zip(arrivals, guessed, accepted, strict=True):
+                if drafted:
+                    self._count(drafted, true)
+                    self.strides.learn(arrival, drafted, true)
+            regime.observe(len(spans) + sum(guessed), took_s, accepted=sum(accepted))

@@ -6,7 +6,9 @@ of single steps, so the bits are too. A sequence that ends on the way has been c
 
 How far ahead an answer ends is not known, so no sequence runs further at once than it has come.
 
-Shapes: S sequences, n passes, P tokens a page.
+With a drafter that the kernel knows, a pass verifies guesses too and may give a sequence several tokens (speculation.py).
+
+Shapes: S sequences, R positions of the one that may get the most tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from waypost.kernels.ops import PAGE_TOKENS as P
+from waypost.kernels.layers.ops import Guessing, Passed, Text
 from waypost.model.decoder import Decoder
 from waypost.model.rows import Rows
 from waypost.serve.forward import build_batch
@@ -25,12 +27,16 @@ from waypost.serve.request import Delta
 from waypost.serve.sampling import Likeliest
 from waypost.serve.scheduler import Scheduler
 from waypost.serve.scheduling import Span
+from waypost.serve.speculation import Speculation
 
 MOST = 32
 """Passes in one go: nearly all of what the interpreter takes is saved."""
 
 UNHEARD_S = 0.1
 """What they may take together: meanwhile nobody hears of a token, and no interrupt is heard."""
+
+LOOKED_BACK = 8192
+"""Tokens of a text among which guesses are looked for."""
 
 
 def in_time(pass_s: float) -> int:
@@ -39,7 +45,7 @@ def in_time(pass_s: float) -> int:
 
 
 def run(
-    model: Decoder, kv: PagedKv, scheduler: Scheduler, spans: Sequence[Span], most: int, deltas: list[Delta],
+    model: Decoder, kv: PagedKv, drafts: Speculation, spans: Sequence[Span], most: int, deltas: list[Delta],
     computed: Callable[[list[Span]], None], draw: Callable[[Likeliest, list[LiveSequence], list[int]], list[Delta]],
 ) -> int:  # fmt: skip
     """Up to `most` passes of `spans`, where the next steps would run the same again; -> how many, 0 where something stands in
@@ -47,41 +53,54 @@ def run(
 
     `computed` writes down that spans have run, `draw(likeliest, sequences, rows)` gives a token to each.
     """
-    if model.at_once is None or not model.at_once.screened or kv.sums is not None:
+    if model.at_once is None or not model.at_once.screened or kv.sums is not None or not drafts.strides_with(len(spans)):
         return 0
-    count = _grant(spans, scheduler, most)
-    if count < 2:
+    scheduler = drafts.scheduler
+    passes = _count(spans, scheduler, most)
+    if passes < 2:
         return 0
-    kv.expect(scheduler.pool.highest)
+    guesses, guessing = drafts.guessing(spans)
     try:
-        passes = _passes(model, kv, spans, count)
-        for number, likeliest in enumerate(passes):
-            alive = [i for i, span in enumerate(spans) if span.sequence.pages]  # a sequence that ended has none
+        texts = _texts(spans, scheduler, passes, guesses)
+        if min(text.room for text in texts) < 2:
+            return 0
+        kv.expect(scheduler.pool.highest)
+        passed = _pass(model, kv, spans, texts, passes, guessing)
+        if passed is None:
+            return 0
+        drafts.book(spans, passed)
+        for number in range(max(passed.counts)):
+            alive = [i for i, span in enumerate(spans) if span.sequence.pages and number < passed.counts[i]]
+            if not alive:  # all have ended, and have no pages
+                break
             for i in alive if number else ():  # the first was charged when it was planned
                 scheduler.turns.charge(spans[i].sequence, 1)
             computed([spans[i] for i in alive])
-            deltas += draw(likeliest, [spans[i].sequence for i in alive], alive)
+            likeliest = Likeliest(passed.peaks[alive, number], passed.tokens[alive, number])
+            deltas += draw(likeliest, [spans[i].sequence for i in alive], [*range(len(alive))])
     finally:
         for span in spans:  # pages that were not needed go back
             scheduler.trim(span, 0)
-    return len(passes)
+    return len(passed.seconds)
 
 
-def _grant(spans: Sequence[Span], scheduler: Scheduler, most: int) -> int:
-    """How many passes may run, 1 to `most`; the pages for them are held when this returns, and for one no more than before."""
+def _count(spans: Sequence[Span], scheduler: Scheduler, most: int) -> int:
+    """How many passes may run, 1 to `most`."""
     ledger = scheduler.ledger
     if ledger.waiting or len(spans) < len(ledger.running) or not all(_plain(s, ledger.num_layers) for s in spans):
         return 1
     answers = [span.sequence.answer for span in spans]
-    most = min(most, *(min(a.num_tokens, a.max_tokens - a.num_tokens) for a in answers))
-    if most < 2:
-        return 1
-    for span in spans:
-        most = 1 + len(scheduler.make_room(span, [0] * (most - 1)))
-    if most < 2:
-        for span in spans:  # the first may have got pages before one got none
-            scheduler.trim(span, 0)
-    return most
+    return min(most, *(min(a.num_tokens, a.max_tokens - a.num_tokens) for a in answers))
+
+
+def _texts(spans: Sequence[Span], scheduler: Scheduler, passes: int, guesses: Sequence[int]) -> list[Text]:
+    """`spans` with as many guesses in a pass, and room for what they may come to, at least a token, in pages that are held."""
+    texts = []
+    for span, count in zip(spans, guesses, strict=True):
+        sequence, answer = span.sequence, span.sequence.answer
+        more = min(answer.max_tokens - answer.num_tokens, passes * (1 + count)) - 1
+        texts.append(Text(sequence.tokens[-LOOKED_BACK:], 1 + len(scheduler.make_room(span, [0] * more)), count))
+    return texts
 
 
 def _plain(span: Span, num_layers: int) -> bool:
@@ -90,12 +109,12 @@ def _plain(span: Span, num_layers: int) -> bool:
     return decode and not s.siblings and s.reader is None and s.adapter is None and s.answer.plain
 
 
-def _passes(model: Decoder, kv: PagedKv, spans: Sequence[Span], count: int) -> list[Likeliest]:
+def _pass(
+    model: Decoder, kv: PagedKv, spans: Sequence[Span], texts: Sequence[Text], passes: int, guessing: Guessing
+) -> Passed | None:
     if model.at_once is None:
-        return []
-    batch, table, slots = build_batch(spans, beyond=count - 1)
-    steps = torch.arange(count)[:, None]
-    positions, context = batch.positions + steps, batch.context + steps.int()  # (n, S)
-    places = (table.t().gather(0, context.long() // P) * P + context % P).long()
-    found = model.at_once.passes(Rows(batch, model.ops, kv.step(table, slots)), positions, context, places)
-    return [] if found is None else [Likeliest(*each) for each in zip(*found, strict=True)]
+        return None
+    most = max(text.room for text in texts)
+    batch, table, slots = build_batch(spans, beyond=most - 1)
+    positions = batch.positions[:, None] + torch.arange(most)  # (S, R)
+    return model.at_once.passes(Rows(batch, model.ops, kv.step(table, slots)), texts, positions, passes, guessing)

@@ -69,14 +69,14 @@ class Screen:
         return peaks, places
 
     def complete(
-        self, x: Tensor, peaks: Tensor, places: Tensor, unknown: int, head: Callable[[Tensor], Tensor], passes: int = 1
+        self, x: Tensor, peaks: Tensor, places: Tensor, unknown: int, head: Callable[[Tensor], Tensor], asked: int | None = None
     ) -> None:
-        """Puts into `peaks` and `places` of x (n, C) the `unknown` that are missing, from all logits, `head` (x) (n, V). Of as
-        many rows in each of `passes` - 1 before it nothing was missing."""
+        """Puts into `peaks` and `places` of x (n, C) the `unknown` that are missing, from all logits, `head` (x) (n, V), and
+        remembers of how many that was: of x, or of `asked`, where passes before had rows too and knew them."""
         if unknown:
             rows = (places < 0).nonzero()[:, 0]
             peaks[rows], places[rows] = largest(head(x[rows]))
-        asked = len(x) * passes
+        asked = len(x) if asked is None else asked
         self._unknown += (unknown / max(1, asked) - self._unknown) * min(1.0, asked / REMEMBERED)
 
     @property

@@ -41,22 +41,17 @@ def run_model(
 
 def run_greedy(
     table: LayerTable, ends: ModelEnds, tokens: Tensor, wanted: Tensor | None, pages: Pages, starts: Tensor, context: Tensor,
-    cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None, passes: int = 1,
+    cos: Tensor, sin: Tensor, which: Tensor | None = None, adapters: LayerAdapters | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     screen = ends.screen
     assert screen is not None, "only a head with a screen is asked for the likeliest token alone"
     around, normed, wanted = _around(ends, tokens, wanted)
-    peaks, places = (found.view(passes, -1) for found in answers(passes * len(normed)))
+    peaks, places = answers(len(normed))
     around.greedy, around.screen = screen.function, screen.address
-    h = torch.empty((len(tokens), normed.shape[1]), dtype=normed.dtype)
-    step = _step(table, pages, starts, context, cos, sin, which, adapters, h)
     around.peaks, around.places = peaks.data_ptr(), places.data_ptr()
-    done = 0
-    while done < passes:  # the kernel stops behind a pass that does not know everything, and goes on from where it stopped
-        around.passes = passes - done
-        unknown = _run(table, table.every, around, h, pages, step)
-        done += around.passes
-        screen.complete(normed, peaks[done - 1], places[done - 1], unknown, ends.head.weight, around.passes)
+    h = torch.empty((len(tokens), normed.shape[1]), dtype=normed.dtype)
+    unknown = _run(table, table.every, around, h, pages, _step(table, pages, starts, context, cos, sin, which, adapters, h))
+    screen.complete(normed, peaks, places, unknown, ends.head.weight)
     return peaks, places
 
 

@@ -17,8 +17,6 @@
 //
 // Every step is the row kernel of its own operator with the same roundings, so the bits are those of the operators one by one.
 
-#include <time.h>
-
 #include <optional>
 #include <utility>
 
@@ -29,79 +27,27 @@
 #include "../rope/head.h"
 #include "../swiglu/row.h"
 #include "asked.h"
+#include "given.h"
 
 namespace waypost {
 namespace {
 
-// The structures of kernels/layers/weights.py. A null pointer is a bias or a norm that is not there.
-struct Product {
-  const void *panels, *scales, *bias;
-  long pairs, outputs, group_pairs;
-  int bits;  // of a weight: 16 is bfloat16, 8 and 4 have scales and rows in bfloat16
-  ShareQuantized *share;  // for 8 and 4
-  const Compact *compact;  // of 16 bits, for few rows; null: none
-};
-struct Layer {
-  const void *attention_norm, *ffn_norm, *q_norm, *k_norm;
-  Product qkv, out, gate_up, down;
-  int heads, groups, width, window;
-  double scale, eps;
-};
-struct Step {
-  const int32_t *table;
-  const int32_t *starts, *context;
-  const int64_t *slots;
-  const float *cosine, *sine;
-  long page_stride;  // elements from a page to the next, of keys and of values, in every layer
-  int table_width, sequences;
-  double *seconds;  // by kind of work, each pass adds what it took; null: nobody asks
-  const int32_t *which;  // (rows,): the adapter of each row, -1 none; null: no row has any
-  const void *const *factors;  // (layers, kSites, adapters), null where an adapter changes nothing
-  long adapters;
-  void *share_low_rank;
-};
 constexpr long kMostPages = 1 << 20;  // bytes of cached keys and values that a thread asks for before it needs them
-constexpr int kSites = 7;  // q, k, v, out, gate, up, down
 enum Kind { kNorms, kProducts, kAttention, kHead };
-// The largest logit of each row and its first place (greedy/greedy.cpp).
-typedef long Greedy(const bf16 *x, long rows, const void *screen, float *peaks, int64_t *places, int threads);
-// What is around the layers, where a call runs from tokens to logits.
-struct Ends {
-  const int64_t *tokens;  // (rows,)
-  const void *embedding;  // (vocabulary, hidden)
-  const void *norm;
-  double eps;
-  Product head;
-  const int64_t *wanted;  // (answers,): rows whose logits are asked for; null: every row's, or, without answers, none
-  long answers;
-  void *normed;  // (answers, hidden): their rows after the last norm
-  void *logits;  // (answers, vocabulary)
-  Greedy *greedy;  // not null: the largest logits alone are asked for, of a head in bfloat16, and `logits` is nobody's
-  const void *screen;
-  float *peaks;     // (answers,), of each pass behind those of the one before, as all that is the rows' in Step
-  int64_t *places;  // (answers,), -1 where it is not known
-  long passes;      // as many as are asked for, and then as many as were run; 1 but with `greedy`
-};
 
 // Seconds by kind of work as a region's first thread sees them, its waiting for the others included.
 class Clock {
   double *seconds_ = nullptr;
   double last_ = 0;
 
-  static double now() {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-  }
-
  public:
   explicit Clock(double *seconds) {
 #pragma omp master
-    if (seconds) seconds_ = seconds, last_ = now();
+    if (seconds) seconds_ = seconds, last_ = now_s();
   }
   void took(Kind kind) {
     if (!seconds_) return;
-    const double time = now();
+    const double time = now_s();
     seconds_[kind] += time - last_, last_ = time;
   }
 };
@@ -357,28 +303,20 @@ template <class T> class Pass {
 using namespace waypost;
 
 // Runs the layers that `order` (count,) names over h (rows, hidden), in place; weights in bfloat16 or fewer bits. k_pages and
-// v_pages have one pointer for each of the layer_count layers. With `ends`, h is where the hidden states go, and is read by nobody;
-// with more than one pass, a row a sequence, each takes the tokens that the one before has found, and one that does not know all of
-// them is the last: `step` and `ends` then stand where the next pass would begin. Returns of how many rows the last pass was asked
-// for the largest logit and does not know it.
+// v_pages have one pointer for each of the layer_count layers. With `ends`, h is where the hidden states go, and is read by nobody.
+// Returns of how many rows the largest logit is asked for and not known.
 extern "C" long EXPORT(run_layers)(const Layer *layers, int layer_count, const int32_t *order, int count, void *const *k_pages,
-                                   void *const *v_pages, Step *step, Ends *ends, Element *h, long rows, long hidden,
+                                   void *const *v_pages, const Step *step, const Ends *ends, Element *h, long rows, long hidden,
                                    int threads) {
-  const auto run = [&](const Step &its, const Ends *around) {
-    Pass<Element> pass(layers, layer_count, its, around, h, rows, hidden, threads);
+  {
+    Pass<Element> pass(layers, layer_count, *step, ends, h, rows, hidden, threads);
     Turns turns(threads);
 #pragma omp parallel num_threads(threads)
     pass.run(Turn(turns), layers, order, count, k_pages, v_pages);
-  };
-  if (!ends || !ends->greedy) return run(*step, ends), 0;
-  for (long ran = 1;; ++ran) {
-    run(*step, ends);
-    Clock clock(step->seconds);
-    const long unknown = ends->greedy((const bf16 *)ends->normed, ends->answers, ends->screen, ends->peaks, ends->places, threads);
-    clock.took(kHead);
-    const long angles = rows * (layers[0].width / 2);  // on to the next pass
-    ends->tokens = ends->places, ends->peaks += ends->answers, ends->places += ends->answers;
-    step->context += step->sequences, step->slots += rows, step->cosine += angles, step->sine += angles;
-    if (unknown || ran == ends->passes) return ends->passes = ran, unknown;
   }
+  if (!ends || !ends->greedy) return 0;
+  Clock clock(step->seconds);
+  const long unknown = ends->greedy((const bf16 *)ends->normed, ends->answers, ends->screen, ends->peaks, ends->places, threads);
+  clock.took(kHead);
+  return unknown;
 }

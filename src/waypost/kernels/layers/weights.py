@@ -100,7 +100,7 @@ class _Layer(Structure):
 
 
 class EndsRow(Structure):
-    """Ends of layers.cpp: what is around the layers, and what is asked for."""
+    """Ends of given.h: what is around the layers, and what is asked for."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("tokens", "embedding", "norm")),
@@ -109,12 +109,11 @@ class EndsRow(Structure):
         ("wanted", c_void_p),
         ("answers", c_long),
         *((name, c_void_p) for name in ("normed", "logits", "greedy", "screen", "peaks", "places")),
-        ("passes", c_long),
     ]
 
 
 class StepRow(Structure):
-    """Step of layers.cpp: the pages, the rows and their adapters."""
+    """Step of given.h: the pages, the rows and their adapters."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("table", "starts", "context", "slots", "cosine", "sine")),

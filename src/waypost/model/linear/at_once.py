@@ -23,12 +23,13 @@ from waypost.core.errors import ConfigError
 from waypost.core.progress import say
 from waypost.kernels import build
 from waypost.kernels.greedy.cpu import Screen, fits, pays
+from waypost.kernels.layers.ops import AtOnceOps, Guessing, Passed, Text
 from waypost.kernels.layers.weights import LayerAdapters, LayerTable, LayerWeights, ModelEnds, Product
 from waypost.kernels.linear.compact import Compact
 from waypost.kernels.linear.cpu import Packed
 from waypost.kernels.linear.packed import PackedLinear
 from waypost.kernels.linear.quantized import QuantizedPanels
-from waypost.kernels.ops import Pages, RunGreedyOp, RunLayersOp, RunModelOp
+from waypost.kernels.ops import Pages
 from waypost.kernels.vocabulary import WHOLE
 from waypost.model.decoder import Decoder, Layer
 from waypost.model.linear.dense import Linear
@@ -44,18 +45,17 @@ _VERSION = attrgetter("_version")
 
 def attach(model: Decoder) -> Decoder:
     """Lets `model`, which is fused and packed, run its layers at once where that is possible; in place. Done last."""
-    ops = model.ops
-    if ops.run_layers is not None and ops.run_model is not None and ops.run_greedy is not None and _weights(model) is not None:
-        model.at_once = LayersAtOnce(model, ops.run_layers, ops.run_model, ops.run_greedy)
+    if model.ops.at_once is not None and _weights(model) is not None:
+        model.at_once = LayersAtOnce(model, model.ops.at_once)
     return model
 
 
 class LayersAtOnce:
     """The layers of `model` as one call, following its parameters when they change in place."""
 
-    def __init__(self, model: Decoder, run_layers: RunLayersOp, run_model: RunModelOp, run_greedy: RunGreedyOp) -> None:
+    def __init__(self, model: Decoder, ops: AtOnceOps) -> None:
         self._model = (model,)  # a tuple: a module would be registered nowhere, but be walked
-        self._run, self._run_model, self._run_greedy = run_layers, run_model, run_greedy
+        self._ops = ops
         self._parameters = list(model.parameters())
         self._seconds: Tensor | None = None
         self._sites = [site for layer in model.model.layers for site in _sites(layer)]
@@ -64,7 +64,7 @@ class LayersAtOnce:
 
     def __call__(self, h: Tensor, layers: Sequence[int], rows: Rows) -> Tensor | None:  # (T, C) -> (T, C)
         pages = self._pages(rows)
-        return None if pages is None else self._run(self._table, layers, h, pages, *self._where(rows))
+        return None if pages is None else self._ops.run_layers(self._table, layers, h, pages, *self._where(rows))
 
     def logits(self, rows: Rows, wanted: Tensor | None = None) -> Tensor | None:  # wanted (n,) -> (n, V)
         """From the embedding to the head in the same call; None where one of the two is something else."""
@@ -73,7 +73,7 @@ class LayersAtOnce:
             return None
         self._layers.saw(rows.batch.num_tokens)
         self._head.saw(rows.batch.num_tokens if wanted is None else len(wanted))
-        return self._run_model(self._table, self._ends, rows.batch.tokens, wanted, pages, *self._where(rows))
+        return self._ops.run_model(self._table, self._ends, rows.batch.tokens, wanted, pages, *self._where(rows))
 
     def largest(self, rows: Rows, wanted: Tensor | None = None) -> tuple[Tensor, Tensor] | None:  # wanted (n,) -> (n,), (n,)
         """LargestOp of `logits`, without computing most of them; None where that is not possible or would not pay."""
@@ -85,21 +85,19 @@ class LayersAtOnce:
                 self._ends.screen.left_out()
             return None
         self._layers.saw(rows.batch.num_tokens)
-        found = self._run_greedy(self._table, self._screened, rows.batch.tokens, wanted, pages, *self._where(rows))
-        return found[0][0], found[1][0]
+        return self._ops.run_greedy(self._table, self._screened, rows.batch.tokens, wanted, pages, *self._where(rows))
 
-    def passes(self, rows: Rows, positions: Tensor, context: Tensor, slots: Tensor) -> tuple[Tensor, Tensor] | None:
-        """`largest` again and again, each pass over the tokens that the one before has found: (n, S) and (n, S) of n passes
-        whose `positions`, `context` and `slots` (n, S) are these. `rows` is the first, a row a sequence, without adapters."""
+    def passes(self, rows: Rows, texts: Sequence[Text], positions: Tensor, passes: int, guessing: Guessing) -> Passed | None:
+        """RunPassesOp of `texts`, whose next positions are these (S, R); `rows` is the first pass without guesses, a row a
+        sequence, without adapters."""
         pages = self._pages(rows)
         if pages is None or self._screened is None:
             return None
-        self._layers.saw(rows.batch.num_tokens, len(positions))
-        tokens, starts, pages = rows.batch.tokens, rows.batch.starts, replace(pages, slots=slots.contiguous())
-        cos, sin = angles(self._model[0].config.rope, self._table.weights[0].width, positions.flatten())
-        return self._run_greedy(
-            self._table, self._screened, tokens, None, pages, starts, context.contiguous(), cos, sin, passes=len(positions)
-        )
+        self._layers.saw(len(texts), passes)
+        angle = angles(self._model[0].config.rope, self._table.weights[0].width, positions.flatten())
+        cos, sin = (x.view(*positions.shape, -1) for x in angle)
+        context = rows.batch.context
+        return self._ops.run_passes(self._table, self._screened, texts, pages, context, cos, sin, passes, guessing)
 
     @property
     def screened(self) -> bool:

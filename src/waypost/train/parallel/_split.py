@@ -53,9 +53,7 @@ def split_ops(ops: Ops, group: Any) -> Ops:
         linear=linear,
         rms_norm=rms_norm,
         vocabulary=vocabulary,
-        run_layers=None,
-        run_model=None,
-        run_greedy=None,
+        at_once=None,
     )
 
 
