@@ -27,6 +27,7 @@ CLAIMS: Mapping[str, str] = {
     "serve.prefill.transformers": "waypost.bench.serve_prefill:PrefillTransformers",
     "serve.stream.llama": "waypost.bench.serve_stream:StreamLlama",
     "serve.stream.vllm": "waypost.bench.serve_stream:StreamVllm",
+    "serve.pass.vllm": "waypost.bench.serve_stream:PassVllm",
     "serve.streams16.llama": "waypost.bench.serve_streams:Streams16Llama",
     "serve.streams16.vllm": "waypost.bench.serve_streams:Streams16Vllm",
     "serve.streams32.llama": "waypost.bench.serve_streams:Streams32Llama",
@@ -104,7 +105,7 @@ CAVEATS: Mapping[str, str] = {
     "exact.stream": _OUR_FAST_MODE,
     "exact.streams": _OUR_FAST_MODE,
     "exact.step": "in bf16 on a CPU fast runs the operators of exact; train.step has transformers",
-    "serve.stream.vllm": _TOLD_TOGETHER
+    "serve.pass.vllm": _TOLD_TOGETHER
     + "; after 64 steps the weights are coded a second time, once, for a tenth of a second and three quarters of their memory; "
     "with the host's memory and vLLM's own rate the runs of one day went from 2.4 to 3.0 (docs/log.md, 2026-11-23)",
     "serve.streams16.vllm": _TOLD_TOGETHER,

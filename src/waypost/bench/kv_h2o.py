@@ -51,7 +51,7 @@ class KvH2O:
             "full": Full(), "h2o_100": H2O(budget=1.0), "h2o_50": H2O(budget=0.5), "h2o_20": H2O(),
             "window_20": H2O(recent=1.0),
         }  # fmt: skip
-        size = {"num_pages": 256, "prefix_cache": False, "threads": options.threads}
+        size = {"num_pages": 256, "prefix_cache": False, "drafting": None, "threads": options.threads}
         engines = {name: Engine(options.model, kv_policy=policy, **size) for name, policy in policies.items()}  # type: ignore[arg-type]
         loss: dict[str, list[float]] = {name: [] for name in engines}
         divergence: dict[str, list[float]] = {name: [] for name in engines}

@@ -113,7 +113,7 @@ class Bench:
         from waypost.serve.engine import Engine
 
         folders = {"source": Path(self.model), **{name: self.scratch / name for name in names}}
-        size = {"num_pages": 256, "prefix_cache": False, "threads": self.options.threads}
+        size = {"num_pages": 256, "prefix_cache": False, "drafting": None, "threads": self.options.threads}
         engines = {name: Engine(str(folder), **size) for name, folder in folders.items()}  # type: ignore[arg-type]
         prompt = self.texts.batches(self.model)[0].tokens.tolist()[:PACED_TOKENS]
         found = paces(engines, prompt, PACED_TOKENS // 4, self.options.repeats)

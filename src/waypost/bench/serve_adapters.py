@@ -116,7 +116,7 @@ class ServeAdapters:
 
 
 def _engine(model: str, threads: int) -> Engine:
-    return Engine(model, threads=threads, prefix_cache=False, num_pages=4096, max_seq_len=1024)
+    return Engine(model, threads=threads, prefix_cache=False, num_pages=4096, max_seq_len=1024, drafting=None)
 
 
 def _run(engine: Engine, requests: Sequence[Request]) -> list[Completion]:

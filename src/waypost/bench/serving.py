@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 from waypost.bench import peaks, rivals, roofline
 from waypost.bench.llama import LlamaCpp, gguf_files
@@ -115,6 +115,9 @@ class Duel:
     """Share of first tokens that must agree: bfloat16 on both sides parts at near ties alone, fewer bits part more often."""
     int4: bool = False
     """Whether our side serves weights in 4 bits."""
+    guesses: bool = False
+    """Whether our side guesses ahead, as it does where nobody has chosen; else it computes a pass for every token. Each round
+    then has a text of its own, for some are easier to guess, and beside stand we without guesses and the rival with its own."""
 
     def measure(self, options: Options) -> Receipt:
         """Asks both sides for the same first tokens, then times them in turn."""
@@ -124,24 +127,28 @@ class Duel:
         if options.model is None:
             raise ConfigError(f"{self.claim} needs --model CHECKPOINT: one in bfloat16 that {self.rival} opens too")
         work, model = self.work, options.model
-        prompts = token_rows(model, work.streams, work.prompt_tokens)
+        rounds = options.repeats + WARM_ROUNDS
+        prompts = token_rows(model, work.streams * (rounds if self.guesses else 1), work.prompt_tokens)
         where = rivals.environment(options.rivals, self.rival)
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             mine, extra = model, dict[str, float]()
             if self.int4:
                 mine, extra["int4_perplexity_ratio"] = int4_folder(model, scratch / "int4")
-            theirs = stack.enter_context(rival_sides(where, model, scratch, options.threads))
-            args = {"model": mine, "numerics": "exact"}
-            ours = Generating(stack.enter_context(Worker(WORKERS / "serve_waypost.py", args, options.threads)))
+            theirs = stack.enter_context(rival_sides(where, model, scratch, options.threads, self.guesses))
+            ours = self._side(stack, mine, self.guesses, options.threads)
+            also = {"waypost without guesses": self._side(stack, mine, False, options.threads)} if self.guesses else {}
             asked = token_rows(model, ASKED_PROMPTS, ASKED_TOKENS)
             same = min(self._agree(ours, each, asked) for each in theirs.values())
-            bar = stack.enter_context(progress(self.claim, options.repeats + WARM_ROUNDS, "rounds"))
-            sides: dict[str, Side] = {"waypost": ours, **theirs}
+            for other in also.values():
+                self._equal(ours, other, prompts)
+            bar = stack.enter_context(progress(self.claim, rounds, "rounds"))
+            sides: dict[str, Side] = {"waypost": ours, **theirs, **also}
             rates: dict[str, list[float]] = {name: [] for name in sides}
             found_peaks: list[Peaks] = []
-            for turn in range(options.repeats + WARM_ROUNDS):
-                found = {name: work.rate(each, prompts) for name, each in sides.items()}
+            for turn in range(rounds):
+                asked_now = prompts[turn * work.streams :][: work.streams] if self.guesses else prompts
+                found = {name: work.rate(each, asked_now) for name, each in sides.items()}
                 if turn >= WARM_ROUNDS:
                     found_peaks.append(peaks.measure(repeats=1))
                     for name, rate in found.items():
@@ -150,11 +157,12 @@ class Duel:
             ceiling = work.ceiling(mine, Peaks.best(found_peaks))
             tops = [work.ceiling(mine, each).rate for each in found_peaks]
         against, *others = theirs
-        allowed = [top / rate for top, rate in zip(tops, rates[against], strict=True)]
-        extra |= {"allowed_ratio": median(allowed), "allowed_ratio_least": min(allowed), "allowed_ratio_most": max(allowed)}
+        if not self.guesses:  # with them a pass gives several tokens
+            allowed = [top / rate for top, rate in zip(tops, rates[against], strict=True)]
+            extra |= {"allowed_ratio": median(allowed), "allowed_ratio_least": min(allowed), "allowed_ratio_most": max(allowed)}
         beside = {
             name: (median(rates[name]), median(a / b for a, b in zip(rates["waypost"], rates[name], strict=True)))
-            for name in others
+            for name in (*others, *also)
         }
         return Receipt(
             claim=self.claim,
@@ -164,16 +172,26 @@ class Duel:
             baseline=series(against, work.unit, rates[against]),
             higher_is_better=True,
             floor=self.floor,
-            agreement=f"{same} of {ASKED_PROMPTS} greedy first tokens are the same; equal numbers of tokens",
+            agreement=f"{same} of {ASKED_PROMPTS} greedy first tokens are the same; equal numbers of tokens"
+            + (f"; with guesses and without the same {len(prompts)} answers" if also else ""),
             command=f"waypost bench {self.claim} --model CHECKPOINT"
             + ("" if self.rival == "transformers" else f" --rival {self.rival}=ENV"),
             caveat=", ".join(
                 f"{name} gave {rate:,.4g} {work.unit}: ratio {ratio:.2f}" for name, (rate, ratio) in beside.items()
             ),
             extra=extra,
-            roofline=ceiling,
+            roofline=None if self.guesses else ceiling,
             versions={self.rival: where.version},
         )
+
+    def _side(self, stack: ExitStack, model: str, guesses: bool, threads: int) -> Generating:
+        args = {"model": model, "numerics": "exact", "drafting": "auto" if guesses else None}
+        return Generating(stack.enter_context(Worker(WORKERS / "serve_waypost.py", args, threads)))
+
+    def _equal(self, one: Generating, other: Generating, prompts: list[list[int]]) -> None:
+        for prompt in prompts:
+            if one.generate([prompt], self.work.steps + 1)[1] != other.generate([prompt], self.work.steps + 1)[1]:
+                raise NumericsError(f"{self.claim}: guesses change an answer of {self.work.steps + 1} tokens")
 
     def _agree(self, ours: Side, theirs: Side, prompts: list[list[int]]) -> int:
         pairs = zip(ours.first_tokens(prompts), theirs.first_tokens(prompts), strict=True)
@@ -187,14 +205,26 @@ class Duel:
 
 
 @contextmanager
-def rival_sides(where: rivals.Environment, model: str, scratch: Path, threads: int) -> Iterator[Mapping[str, Side]]:
-    """The rival, ready to answer, first in the format that is promised against."""
+def rival_sides(
+    where: rivals.Environment, model: str, scratch: Path, threads: int, guesses: bool = False
+) -> Iterator[Mapping[str, Side]]:
+    """The rival, ready to answer, first in the form that is promised against; `guesses`: also guessing ahead, where it can."""
     if where.name == "llama.cpp":
         files = gguf_files(where, model, scratch)
         yield {f"{where.name} {name}": LlamaCpp(where, path, threads) for name, path in files.items()}
         return
-    with Worker(WORKERS / SCRIPTS[where.name], {"model": model}, threads, python=str(where.python)) as worker:
-        yield {where.name: Generating(worker)}
+    forms: dict[str, dict[str, Any]] = {where.name: {}}
+    if guesses and where.name == "vllm-cpu":
+        forms[f"{where.name} with n-grams"] = {"ngrams": True}
+    with ExitStack() as stack:
+        yield {
+            name: Generating(
+                stack.enter_context(
+                    Worker(WORKERS / SCRIPTS[where.name], {"model": model, **more}, threads, python=str(where.python))
+                )
+            )
+            for name, more in forms.items()
+        }
 
 
 def int4_folder(model: str, out: Path) -> tuple[str, float]:

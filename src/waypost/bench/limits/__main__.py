@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--receipts", type=Path, default=Path("benchmarks/receipts"), help="of the claims the page speaks of")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the page goes; without it, it is printed")
     args = parser.parse_args()
-    engine = Engine(args.model, threads=args.threads, prefix_cache=False)
+    engine = Engine(args.model, threads=args.threads, prefix_cache=False, drafting=None)
     profiles = []
     with progress("limits", len(WORKS), "steps") as bar:
         for work in WORKS:

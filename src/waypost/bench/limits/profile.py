@@ -45,7 +45,7 @@ class Work:
 
 WORKS = (
     Work("prefill of 512 tokens", ("serve.prefill.vllm",), 512),
-    Work("one stream", ("serve.stream.vllm",), 64, 1),
+    Work("one stream", ("serve.pass.vllm",), 64, 1),
     Work("16 streams", ("serve.streams16.vllm",), 64, 16),
     Work("32 streams", ("serve.streams32.vllm",), 64, 32),
 )

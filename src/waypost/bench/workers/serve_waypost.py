@@ -19,10 +19,11 @@ from waypost.serve.sampling import Sampling
 def main() -> None:
     args = json.loads(sys.argv[1])
     # Each round asks the same again: without the cache, so that prefill is computed and not found. Steps may be as large as the
-    # rival's (serve_vllm.py), so that all streams begin together; and as on the other sides nobody asks for text.
+    # rival's (serve_vllm.py), so that all streams begin together; as on the other sides nobody asks for text, and no token is
+    # guessed unless a claim is about that.
     engine = Engine(
         args["model"], numerics=args["numerics"], threads=args["threads"], dtype=torch.bfloat16, prefix_cache=False,
-        max_batch_tokens=2048,
+        max_batch_tokens=2048, drafting=args.get("drafting"),
     )  # fmt: skip
     engine.tokenizer = None
 
