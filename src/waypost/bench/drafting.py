@@ -1,7 +1,7 @@
 """Claims: drafts against the same engine without them. Tokens and log-probabilities are equal to the bit, or nothing is timed.
 
 Copying: the source of a module and its beginning once more, which a model of code goes on to repeat: what prompt lookup is
-for. Free: the beginning of a chapter. The ratio is that of copying, one stream; the others stand in the receipt, and the
+for. Free: the beginning of a chapter. Chat: questions as people ask them. The ratio is that of copying, one stream; the others stand in the receipt, and the
 lowest of them is promised too: a drafter that loses must switch itself off. Streams are timed while all of them are there,
 and to the end of the last one beside that. The papers claim 2x to 4x on input-grounded tasks
 (prompt lookup) and up to 2.5x (ADED), on GPUs.
@@ -27,6 +27,16 @@ if TYPE_CHECKING:
     from waypost.serve.engine import Engine
 
 STREAMS = (1, 8)
+QUESTIONS = (
+    "How do I make pancakes for four people?",
+    "Write a Python function that says whether a word reads the same backwards.",
+    "Why is the sky blue?",
+    "Name ten animals that live in the sea.",
+    "Write a polite letter to my landlord about a broken heater.",
+    "What is the difference between a list and a tuple?",
+    "Plan three days in Rome for a family.",
+    "Rewrite this sentence so that it is kinder: give me the report now.",
+)
 LOWEST = 0.95
 """What is promised of the setting where drafts help least. Each text is tried: some steps of the 96 that are timed here."""
 
@@ -110,8 +120,9 @@ def workloads(model: str, streams: int) -> dict[str, list[list[int]]]:
 
     tokenizer = Tokenizer.from_folder(model)
     sources = [inspect.getsource(module)[:1200] for module in (rng, errors, batch, paths)]
+    chats = [tokenizer.chat([{"role": "user", "content": question}]) for question in QUESTIONS[:streams]]
     whole = [tokenizer.encode(f"# {i}\n{sources[i % len(sources)]}") for i in range(streams)]
-    return {"copying": [ids + ids[: len(ids) // 4] for ids in whole], "free": token_rows(model, streams, 64)}
+    return {"copying": [ids + ids[: len(ids) // 4] for ids in whole], "free": token_rows(model, streams, 64), "chat": chats}
 
 
 def agree(claim: str, plain: Engine, drafting: Engine, prompts: Sequence[list[int]], steps: int) -> None:

@@ -63,7 +63,7 @@ class ServeSimulator:
         costs: list[StepCosts] = []
         simulated, served = Seen(), Seen()
         ours, defaults = [], []
-        flags = ["--num-pages", str(self.num_pages), "--no-prefix-cache"]
+        flags = ["--num-pages", str(self.num_pages), "--no-prefix-cache", "--drafting", "none"]  # none of which is simulated
         with (
             serving(options.model, options.threads, *flags) as target,
             progress("serve.simulator", options.repeats, "rounds") as bar,
