@@ -1,10 +1,10 @@
 """Claims: drafts against the same engine without them. Tokens and log-probabilities are equal to the bit, or nothing is timed.
 
 Copying: the source of a module and its beginning once more, which a model of code goes on to repeat: what prompt lookup is
-for. Free: the beginning of a chapter. Chat: questions as people ask them. The ratio is that of copying, one stream; the others stand in the receipt, and the
-lowest of them is promised too: a drafter that loses must switch itself off. Streams are timed while all of them are there,
-and to the end of the last one beside that. The papers claim 2x to 4x on input-grounded tasks
-(prompt lookup) and up to 2.5x (ADED), on GPUs.
+for. Free: the beginning of a chapter. Chat: questions as people ask them. The ratio is that of copying, one stream; the
+others stand in the receipt, and the lowest of them is promised too: a drafter that loses must switch itself off. Streams are
+timed while all of them are there, and to the end of the last one beside that. The papers claim 2x to 4x on input-grounded
+tasks (prompt lookup) and up to 2.5x (ADED), on GPUs.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def compare(claim: str, what: str, drafter: Drafter, steps: int, options: Option
             for kind, prompts in texts.items():
                 for n in STREAMS:
                     before = drafting.stats()
-                    pair = rates_of(plain, prompts[:n], steps), rates_of(drafting, prompts[:n], steps)
+                    pair = rates_of(plain, prompts, n, steps), rates_of(drafting, prompts, n, steps)
                     after = drafting.stats()
                     if turn:
                         rates[f"{kind}_{n}"].append(pair)
@@ -99,7 +99,7 @@ def compare(claim: str, what: str, drafter: Drafter, steps: int, options: Option
     }
     return Receipt(
         claim=claim,
-        statement=f"{what}, one stream that repeats the code of its prompt, greedy, against decoding token by token; "
+        statement=f"{what}, one stream at a time that repeats the code of its prompt, greedy, against decoding token by token; "
         f"{len(rates)} settings of text and streams beside it",
         numerics="exact",
         ours=series("with drafts", "new tokens/s", [b.together for _, b in headline]),
@@ -146,14 +146,21 @@ class Rates:
     """Until the last of them ends; one that runs ahead then leaves small steps behind, which take nearly as long."""
 
 
-def rates_of(engine: Engine, prompts: Sequence[list[int]], steps: int) -> Rates:
-    """From the moment at which every stream has its first token."""
+def rates_of(engine: Engine, prompts: Sequence[list[int]], streams: int, steps: int) -> Rates:
+    """Of all prompts, so many at a time, each time from the moment at which every stream has its first token."""
+    spent = [_spent(engine, prompts[at : at + streams], steps) for at in range(0, len(prompts), streams)]
+    together, together_s, tokens, seconds = map(sum, zip(*spent, strict=True))
+    return Rates(together / together_s, tokens / seconds)
+
+
+def _spent(engine: Engine, prompts: Sequence[list[int]], steps: int) -> tuple[int, float, int, float]:
+    """Tokens and seconds while all streams are there, and to the end of the last one."""
     from waypost.serve.request import Request
     from waypost.serve.sampling import Sampling
 
     sampling = Sampling(temperature=0.0, max_tokens=steps + 1, ignore_eos=True)
     begun = {engine.submit(Request(prompt, sampling)): False for prompt in prompts}
-    tokens, began, together = 0, 0.0, 0.0
+    tokens, began, together = 0, 0.0, (0, 0.0)
     while not engine.idle:
         deltas = engine.step()
         now = time.perf_counter()
@@ -162,6 +169,6 @@ def rates_of(engine: Engine, prompts: Sequence[list[int]], steps: int) -> Rates:
             began = now if all(begun.values()) else 0.0
             continue
         tokens += sum(len(delta.tokens) for delta in deltas)
-        if not together and any(delta.finish_reason is not None for delta in deltas):
-            together = tokens / (now - began)
-    return Rates(together, tokens / (now - began))
+        if not together[0] and any(delta.finish_reason is not None for delta in deltas):
+            together = tokens, now - began
+    return *together, tokens, now - began
