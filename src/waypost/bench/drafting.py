@@ -64,8 +64,8 @@ class DraftingTrigram:
 
 
 def compare(claim: str, what: str, drafter: Drafter, steps: int, options: Options) -> Receipt:
-    """One engine, which guesses in every second turn (two of the same code differ by 3%, for where their weights lie), every kind
-    of text at one stream and at eight."""
+    """One engine, which guesses in every second turn (two of the same code differ by 3%, for where their weights lie); every
+    kind of text at one stream and at eight."""
     from waypost.serve.engine import Engine
 
     if options.model is None:
@@ -128,7 +128,7 @@ def workloads(model: str, streams: int) -> dict[str, list[list[int]]]:
 
 
 def agree(claim: str, engine: Engine, prompts: Sequence[list[int]], steps: int) -> None:
-    """NumericsError unless the engine answers with the same tokens and log-probabilities, greedy and sampled, without drafts."""
+    """NumericsError unless tokens and log-probabilities are the same without drafts, greedy and sampled."""
     from waypost.serve.sampling import Sampling
 
     for temperature in (0.0, 0.8):
