@@ -69,19 +69,31 @@ def test_it_tells_its_story_serves_and_ends_on_sigterm(checkpoint: Path) -> None
     assert err.endswith("stopped\n")
 
 
-def test_a_running_request_may_finish(checkpoint: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_running_request_may_finish(checkpoint: Path, number: signal.Signals) -> None:
     with serving(checkpoint) as (process, where):
         request = {**ASK, "max_tokens": 250, "stream": True, "n": 16}
         with httpx.stream("POST", where + "/v1/completions", json=request, timeout=60) as stream:
             lines = stream.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             rest = [line for line in lines if line]
         code, _ = end_of(process)
     assert rest[-1] == "data: [DONE]"
     ends = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in rest[:-1]]
     assert ends.count("length") == 16
     assert code == 0
+
+
+def test_a_server_under_nohup_outlives_its_terminal(checkpoint: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the server inherits
+    try:
+        with serving(checkpoint) as (process, where):
+            process.send_signal(signal.SIGHUP)
+            assert httpx.post(where + "/v1/completions", json=ASK).status_code == 200
+            assert httpx.get(where + "/ready").status_code == 200
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_outlives_the_deadline_is_cut_off_and_told_so(checkpoint: Path) -> None:

@@ -110,7 +110,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(("code", "libraries"), [(COMPILES_AHEAD, 2), (COMPILES_NOW, 1)], ids=["ahead", "now"])
 def test_what_waits_for_compilers_ends_with_them(tmp_path: Path, code: str, libraries: int, number: signal.Signals) -> None:
     with starting(tmp_path, code) as it:
@@ -118,7 +118,7 @@ def test_what_waits_for_compilers_ends_with_them(tmp_path: Path, code: str, libr
         assert ends_with_all(it, number) == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_server_that_loads_ends_with_its_compilers(tmp_path: Path, number: signal.Signals) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -140,13 +140,13 @@ def test_a_server_that_loads_ends_with_its_compilers(tmp_path: Path, number: sig
 def test_signals_are_given_back_and_those_that_somebody_ignores_stay_ignored() -> None:
     def ours(*_: object) -> None: ...
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         for handler in (signal.SIG_IGN, ours):
             for number in before:
                 signal.signal(number, handler)
             with read_ahead(Path("nothing"), "naive", None):
-                assert [signal.getsignal(number) for number in before] == [handler, handler]
+                assert [signal.getsignal(number) for number in before] == [handler] * 3
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with read_ahead(Path("nothing"), "naive", None):
             assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler

@@ -200,6 +200,19 @@ def test_garbage_is_only_what_nobody_names(url, monkeypatch):
     store.latest(verify=True)
 
 
+def test_a_store_that_cannot_be_reached_is_an_error_of_ours(url, monkeypatch):
+    """Also where something may be missing, so that it is asked for with care."""
+    ObjectStore(url).save(1, **content(1))
+
+    def unreachable(self, path, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(type(Remote(url)._fs), "cat_file", unreachable)
+    for asked in (lambda: Remote(url).find("waypost.json"), lambda: Checkpoint(url)):
+        with pytest.raises(CheckpointError, match=r"no route to host .*; check the name, the rights and the connection"):
+            asked()
+
+
 def test_a_store_that_fails_now_and_then(url, monkeypatch, capsys):
     fs = Remote(url)._fs
     real, count = type(fs).pipe_file, iter(range(10**6))

@@ -136,14 +136,16 @@ def serving_techniques(kv: str | None, drafting: str, scheduling: str | None = N
 def read_ahead(checkpoint: Path, kernel: str, dtype: DtypeName | None) -> Iterator[Ahead]:
     """What can begin before PyTorch is imported; for an engine with these options.
 
-    Within, Ctrl-C ends the process at once, for the import would lose a KeyboardInterrupt now and then; and SIGTERM, also
-    afterwards, ends the compilers that may run and takes away what they wrote. What somebody else made of a signal stays.
+    Within, Ctrl-C ends the process at once, for the import would lose a KeyboardInterrupt now and then; and SIGTERM or
+    SIGHUP, also afterwards, end the compilers that may run and take away what they wrote. What somebody else made of a
+    signal stays.
     """
     from waypost.serve.ahead import Ahead
 
     main = threading.current_thread() is threading.main_thread()
-    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _on_signal)
+    for number in (signal.SIGTERM, signal.SIGHUP) if main else ():
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _on_signal)
     interrupts = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not those of a script's `... &`
     if interrupts:
         signal.signal(signal.SIGINT, _on_signal)
@@ -158,7 +160,7 @@ def end_at_once(number: int) -> None:
     """What the signal does by itself, after the compilers that may run have ended. For the main thread."""
     from waypost.kernels import build
 
-    for each in (signal.SIGINT, signal.SIGTERM):  # a second one waits for nothing
+    for each in (signal.SIGINT, signal.SIGTERM, signal.Signals(number)):  # a second one waits for nothing
         signal.signal(each, signal.SIG_DFL)
     build.leave()
     os.kill(os.getpid(), number)

@@ -122,19 +122,20 @@ class Remote:
             return self._again(what, call)
         except FileNotFoundError as error:
             raise CheckpointError(f"{what}: missing; the checkpoint is incomplete, or the name is wrong") from error
-        except OSError as error:
-            raise CheckpointError(f"{what}: {error}; check the name, the rights and the connection") from error
 
     def _again(self, what: str, call: Callable[[], T]) -> T:
-        """Tries, waits, tries again; FileNotFoundError and the last error come through."""
+        """Tries, waits, tries again; FileNotFoundError comes through, the last of other errors as a CheckpointError."""
+        fix = "check the name, the rights and the connection"
         for number in range(TRIES):
             try:
                 return call()
-            except HOPELESS:
+            except FileNotFoundError:
                 raise
+            except HOPELESS as error:
+                raise CheckpointError(f"{what}: {error}; {fix}") from error
             except Exception as error:
                 if number == TRIES - 1:
-                    raise OSError(f"{type(error).__name__}: {error} (tried {TRIES} times)") from error
+                    raise CheckpointError(f"{what}: {type(error).__name__}: {error} (tried {TRIES} times); {fix}") from error
                 say(f"{what}: {type(error).__name__}: {error}; trying again")
                 time.sleep(FIRST_WAIT_S * 2**number)
         raise AssertionError(TRIES)

@@ -63,7 +63,7 @@ def url(sock: socket.socket) -> str:
 
 
 class Ending:
-    """From the first SIGTERM or SIGINT on: no new requests, running ones may finish until the deadline; a second signal
+    """From the first SIGTERM, SIGINT or SIGHUP on: no new requests, running ones may finish until the deadline; a second signal
     ends them now. While there is no engine yet, a signal is `at_once`'s, for nothing runs that could finish."""
 
     def __init__(
@@ -117,7 +117,7 @@ def run(
     app: FastAPI, sock: socket.socket, load: Callable[[], None], *, drain_s: float, say: Callable[[str], None],
     at_once: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Serves `app` on `sock` until SIGTERM or SIGINT, and returns when everything has ended. For the main thread alone.
+    """Serves `app` on `sock` until SIGTERM, SIGINT or SIGHUP, and returns when everything has ended. For the main thread alone.
 
     `load` attaches the engine; it runs on a thread of its own while the server answers 503. What it raises ends the
     server and is raised here. A signal meanwhile is `at_once`'s, which gets its number and ends the process.
@@ -155,7 +155,10 @@ def run(
         await server.serve(sockets=[sock])
 
     thread = threading.Thread(target=loading, name="waypost-load", daemon=True)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ends = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's server outlives its terminal
+        ends.append(signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in ends}
     asyncio.run(main())
     for number, handler in before.items():
         if handler is not None:  # one that Python did not set, and cannot set again
