@@ -92,6 +92,11 @@ class Regime:
         return max(KNOWN - len(self._plain_s), int(self._since_plain >= KNOWN_FOR * max(self.credit, 1.0)))
 
     @property
+    def plain_s(self) -> float:
+        """Seconds of a step without guesses; 0: none was measured."""
+        return median(self._plain_s) if self._plain_s else 0.0
+
+    @property
     def drafts(self) -> bool:
         """Whether the next step may have guesses."""
         return self.on and self.plain == 0
@@ -100,11 +105,12 @@ class Regime:
         """`count` of the sequences have texts that are new."""
         self.credit += count / self.sequences * (OPENING - self.credit)
 
-    def choose(self, chances: Sequence[float]) -> int:
-        """How many guesses to run in the next step, the likeliest first; `chances`, falling: that each comes true."""
+    def choose(self, chances: Sequence[float], steps: int = 1) -> int:
+        """How many guesses to run in the next step, or `steps` of them, the likeliest first. `chances`, falling: that each
+        comes true."""
         room = TILE_ROWS * (max([tiles(self.sequences), *self._ratios]) + 1) - self.sequences  # a tile more than was measured
         count = worthwhile([chance for chance in chances[:room] if chance >= LEAST], self.sequences, self.ratio, self.value)
-        self._declined = 0 if count else self._declined + bool(chances)
+        self._declined = 0 if count else self._declined + steps * bool(chances)
         return count
 
     def observe(self, rows: int, seconds: float, guessing_s: float = 0.0, accepted: int = 0) -> None:
@@ -113,7 +119,7 @@ class Regime:
         if rows == self.sequences:
             self._plain_s.append(step_s)
             self._since_plain = 0
-        plain_s = median(self._plain_s) if self._plain_s else step_s
+        plain_s = self.plain_s or step_s
         if rows > self.sequences:
             self._since_plain += 1
             ratios = self._ratios.setdefault(tiles(rows), deque(maxlen=RECENT))
@@ -179,14 +185,15 @@ class Account:
             self._known[arrival] = trial, known
         return known
 
-    def chosen(self, chains: Iterable[tuple[int, int]], regime: Regime) -> Counter[int]:
-        """arrival -> how many of its guesses are worth their rows, all `chains`, (arrival, guesses), taken together."""
+    def chosen(self, chains: Iterable[tuple[int, int]], regime: Regime, steps: int = 1) -> Counter[int]:
+        """arrival -> how many of its guesses are worth their rows, all `chains`, (arrival, guesses), taken together; for so
+        many steps."""
         likely: list[tuple[float, int]] = []
         for arrival, guesses in chains:
             chance = self.acceptance(arrival, regime.trials).chance
             likely += [(chance**depth, arrival) for depth in range(1, guesses + 1)]
         likely.sort(key=lambda one: -one[0])
-        return Counter(of for _, of in likely[: regime.choose([value for value, _ in likely])])
+        return Counter(of for _, of in likely[: regime.choose([value for value, _ in likely], steps)])
 
     def learn(self, arrival: int, drafted: int, accepted: int) -> None:
         """Of its guesses of a step the first `accepted` came true; of a sequence that has ended nothing is kept."""

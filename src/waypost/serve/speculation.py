@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,8 +36,6 @@ from waypost.serve.stats import Stats
 Auto = Literal["auto"]
 FEW = 2
 """Sequences at work, beyond which nothing is guessed where nobody has chosen a drafter: from four on it gained too little."""
-LEAST_COST = 0.1
-"""In passes: what one with guesses is taken to cost more than one without, where less was measured."""
 
 
 @dataclass
@@ -195,8 +192,8 @@ class Speculation:
         """Whether steps of so many may run several in one go: where nothing is guessed, or the kernel can do it."""
         return isinstance(self.drafter, NGram) or not self._guesses(sequences)
 
-    def guessing(self, spans: Sequence[Span]) -> tuple[list[int], Guessing]:
-        """For passes of `spans` in one go: how many guesses each of them may have in a pass, and when."""
+    def guessing(self, spans: Sequence[Span], passes: int) -> tuple[list[int], Guessing]:
+        """For so many passes of `spans` in one go: how many guesses each of them may have in a pass, and when."""
         drafter, arrivals = self.drafter, [s.sequence.arrival for s in spans]
         if not (isinstance(drafter, NGram) and self._guesses(len(spans))):
             return [0] * len(spans), Guessing()
@@ -204,9 +201,9 @@ class Speculation:
         if self.always:
             return [most] * len(spans), Guessing(*ends, credit=math.inf)
         regime = self.strides.meet(arrivals)
-        chosen = self.strides.chosen([(arrival, most) for arrival in arrivals], regime) if regime.on else Counter[int]()
-        cost = max(LEAST_COST, regime.ratio(len(spans) + chosen.total()) - 1)
-        return [chosen[a] for a in arrivals], Guessing(*ends, regime.plain, regime.credit, cost, regime.value)
+        chains = [(arrival, most) for arrival in arrivals] if regime.on else []
+        chosen = self.strides.chosen(chains, regime, passes)
+        return [chosen[a] for a in arrivals], Guessing(*ends, regime.plain, regime.credit, regime.value, regime.plain_s)
 
     def book(self, spans: Sequence[Span], passed: Passed) -> None:
         """What passes of `spans` in one go have come to."""

@@ -59,7 +59,7 @@ def run(
     passes = _count(spans, scheduler, most)
     if passes < 2:
         return 0
-    guesses, guessing = drafts.guessing(spans)
+    guesses, guessing = drafts.guessing(spans, passes)
     try:
         texts = _texts(spans, scheduler, passes, guesses)
         if min(text.room for text in texts) < 2:

@@ -74,8 +74,9 @@ struct Going {
   long passes, ran;
   long plain;             // so many of them have no guesses before others may have some
   int longest, shortest;  // ends of a text that are looked for further up
-  double credit;          // in passes: what guesses may still lose
-  double cost, gain;      // in passes: what one with guesses costs more, and what all guesses of a sequence's coming true gain
+  double credit;          // in passes without guesses: what guesses may still lose
+  double gain;            // in the same: a guess's coming true, where it does for every sequence
+  double plain_s;         // what such a pass takes; 0: not known, until there is one
   double *seconds;        // (passes,): what each took
   bool open;              // whether what the last one has found is not taken yet
 };

@@ -72,11 +72,11 @@ class Guessing:
     plain: int = 0
     """Passes before the first with guesses."""
     credit: float = 0.0
-    """In passes: what guesses may lose before there are no more."""
-    cost: float = 0.0
-    """In passes: what one with guesses takes longer than one without."""
+    """What guesses may lose before there are no more, counted in passes without any."""
     gain: float = 1.0
-    """In passes: what a guess's coming true gains, where it does for every sequence."""
+    """In the same: a guess's coming true, where it does for every sequence."""
+    plain_s: float = 0.0
+    """Seconds of such a pass; 0: not known, so that the first of them says it."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ void take(const Step &step, const Ends &ends, Going &going) {
     guessed += rows - 1, accepted += count - 1;
     peak += rows, place += rows;
   }
-  if (guessed) going.credit += going.gain * (double)accepted / step.sequences - going.cost;
+  const double took_s = going.seconds[pass];
+  if (!guessed && going.plain_s == 0) going.plain_s = took_s;
+  if (guessed && going.plain_s > 0) going.credit += going.gain * (double)accepted / step.sequences - (took_s / going.plain_s - 1);
   going.open = false;
 }
 

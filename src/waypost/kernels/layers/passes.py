@@ -31,7 +31,7 @@ class _Going(Structure):
         *((name, c_void_p) for name in ("texts", "context", "cosine", "sine")),
         *((name, c_long) for name in ("angles", "passes", "ran", "plain")),
         *((name, c_int) for name in ("longest", "shortest")),
-        *((name, c_double) for name in ("credit", "cost", "gain")),
+        *((name, c_double) for name in ("credit", "gain", "plain_s")),
         ("seconds", c_void_p),
         ("open", c_bool),
     ]
@@ -58,7 +58,7 @@ def run_passes(
         row.tokens, row.peaks, row.guessed, row.accepted = (x.data_ptr() for x in of)
     going = _Going(
         addressof(rows), *(x.data_ptr() for x in (context, cos, sin)), cos.shape[1], passes, 0, guessing.plain,
-        guessing.longest, guessing.shortest, guessing.credit, guessing.cost, guessing.gain, seconds.data_ptr(),
+        guessing.longest, guessing.shortest, guessing.credit, guessing.gain, guessing.plain_s, seconds.data_ptr(),
     )  # fmt: skip
     around = EndsRow(
         embedding=ends.embedding.data_ptr(), norm=ends.norm.data_ptr(), eps=ends.eps, head=product_row(ends.head),
