@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import queue
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -214,7 +216,8 @@ def test_what_a_pass_does_not_know_is_computed_before_the_next(model: Decoder, m
 
 
 def test_passes_that_take_long_are_few_at_a_time(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [stride.in_time(s) for s in (0.0, 1e-9, 0.0101, 0.034, 0.06, 5.0)] == [stride.MOST, stride.MOST, 9, 2, 1, 1]
+    found = [stride.in_time(s, 0.1) for s in (0.0, 1e-9, 0.0101, 0.034, 0.06, 5.0)]
+    assert found == [stride.MOST, stride.MOST, 9, 2, 1, 1]
     monkeypatch.setattr(stride, "UNHEARD_S", 0.0)
     steps: list[int] = []
     engine = make_engine(model)
@@ -256,3 +259,54 @@ def test_turns_are_charged_as_by_single_steps(model: Decoder) -> None:
             engine.step(most)
         charged.append(engine.scheduler.turns.served)
     assert charged[0] == charged[1]
+
+
+def test_a_server_runs_ahead_while_nobody_waits_for_single_tokens(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps in one go from the moment at which the last answer has ended of which somebody reads every token."""
+    monkeypatch.setattr(stride, "in_time", lambda pass_s, most_s: {stride.UNHEEDED_S: 7}[most_s])
+    engine = make_engine(model, drafting=None)
+    want = drive(make_engine(model, drafting=None), asked([replace(GREEDY, ignore_eos=True, max_tokens=60)], [5]), 1)[0]["r0"][
+        0
+    ]
+    step, seen = engine.step, list[int]()
+    monkeypatch.setattr(engine, "step", lambda most: seen.append(most) or step(most))
+    arrived: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+    thread = engine.background()
+    try:
+        thread.submit(Request(prompt_of(9, 3), replace(GREEDY, ignore_eos=True, max_tokens=4), id="heard"), lambda delta: None)
+        thread.submit(asked([replace(GREEDY, ignore_eos=True, max_tokens=60)], [5])[0], arrived.put, heeded=False)
+        got: list[int] = []
+        while len(got) < 60:
+            got += [draw.token_id for draw in arrived.get(timeout=60).tokens]
+        assert got == want
+        assert not thread._heeded
+    finally:
+        engine.close()
+    alone = seen.index(7)
+    assert seen[:alone] == [1] * alone
+    assert alone >= 4, "a step for each token of the other"
+    assert set(seen[alone:]) == {7}
+    assert len(seen) < 40
+
+
+def test_a_token_has_the_time_of_its_pass(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As operators see it in the time between tokens, though all tokens of a stride are told together."""
+    engine = make_engine(model, drafting=None)
+    take, times, begun = engine._take, list[list[float]](), list[float]()
+
+    def watched(sequence: Any, draw: Any, now: float) -> Delta:
+        times[-1].append(now)
+        return take(sequence, draw, now)
+
+    monkeypatch.setattr(engine, "_take", watched)
+    engine.submit(asked([replace(GREEDY, ignore_eos=True)], [5])[0])
+    while not engine.idle:
+        begun.append(time.monotonic())
+        times.append([])
+        engine.step(8)
+    begun.append(time.monotonic())
+    assert [len(each) for each in times] == [1, 1, 2, 4, 8, 5]
+    for found, begin, end in zip(times, begun, begun[1:], strict=False):
+        assert found == sorted(set(found))
+        assert begin <= found[0]
+        assert found[-1] <= end

@@ -160,10 +160,6 @@ class Duel:
         if not self.guesses:  # with them a pass gives several tokens
             allowed = [top / rate for top, rate in zip(tops, rates[against], strict=True)]
             extra |= {"allowed_ratio": median(allowed), "allowed_ratio_least": min(allowed), "allowed_ratio_most": max(allowed)}
-        beside = {
-            name: (median(rates[name]), median(a / b for a, b in zip(rates["waypost"], rates[name], strict=True)))
-            for name in (*others, *also)
-        }
         return Receipt(
             claim=self.claim,
             statement=self.statement,
@@ -176,9 +172,7 @@ class Duel:
             + (f"; with guesses and without the same {len(prompts)} answers" if also else ""),
             command=f"waypost bench {self.claim} --model CHECKPOINT"
             + ("" if self.rival == "transformers" else f" --rival {self.rival}=ENV"),
-            caveat=", ".join(
-                f"{name} gave {rate:,.4g} {work.unit}: ratio {ratio:.2f}" for name, (rate, ratio) in beside.items()
-            ),
+            caveat=", ".join(_beside(name, rates, work.unit) for name in (*others, *also)),
             extra=extra,
             roofline=None if self.guesses else ceiling,
             versions={self.rival: where.version},
@@ -202,6 +196,12 @@ class Duel:
                 f"{self.same_first:.0%}; they do not run the same model"
             )
         return same
+
+
+def _beside(name: str, rates: Mapping[str, list[float]], unit: str) -> str:
+    """What another side gave, and our ratio to it."""
+    ratio = median(a / b for a, b in zip(rates["waypost"], rates[name], strict=True))
+    return f"{name} gave {median(rates[name]):,.4g} {unit}: ratio {ratio:.2f}"
 
 
 @contextmanager

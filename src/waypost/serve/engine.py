@@ -251,7 +251,7 @@ class Engine:
 
     @property
     def _undisturbed(self) -> bool:
-        """Whether nothing but its tokens ends a sequence, and each gets one a pass."""
+        """Whether nothing but its tokens ends a sequence."""
         timeless = all(live.ends_s == math.inf for live in self._live.values())
         return timeless and self._pending is None
 
@@ -289,8 +289,8 @@ class Engine:
         asks = [s.answer.ask(len(s.tokens)) for s in sequences]
         part = logits if list(rows) == [*range(len(logits))] else logits[list(rows)]
         draws = sample(part, asks, self.model.ops, self.weight_version)
-        now = time.monotonic()
-        return [self._take(sequence, draw, now) for sequence, draw in zip(sequences, draws, strict=True)]
+        times = (logits.times if isinstance(logits, Likeliest) else ()) or [time.monotonic()] * len(draws)
+        return list(map(self._take, sequences, draws, times))
 
     def _mark(self, spans: list[Span], now: float) -> None:
         """Notes whose first step it is."""
@@ -390,7 +390,8 @@ class Engine:
         """Submits `ready` and steps until all of them are done."""
         mine = {self.submit(r) for r in ready}
         while mine & self._live.keys() or self._outbox:
-            yield from (delta for delta in self.step(stride.in_time(self._stats.newest_step_s)) if delta.request_id in mine)
+            most = stride.in_time(self._stats.newest_step_s, stride.UNHEARD_S)
+            yield from (delta for delta in self.step(most) if delta.request_id in mine)
 
     def _abandon(self, request_id: str) -> None:
         if self._thread is not None:

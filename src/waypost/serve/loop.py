@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from waypost.core.errors import ConfigError, WaypostError
+from waypost.serve import stride
 from waypost.serve.request import Delta, Request
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._inbox: list[Prepared | str | _Call[Any]] = []  # requests to submit, ids to cancel, other work, in order
         self._sinks: dict[str, tuple[Sink, set[int]]] = {}  # id -> who listens, choices still open
+        self._heeded: set[str] = set()  # ids of those whose every token somebody waits for
         self._closing = False
         self._died: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="waypost-engine", daemon=True)
@@ -54,8 +56,9 @@ class EngineThread:
         """What ended the thread before its time; None while it lives, and after `close`."""
         return self._died
 
-    def submit(self, request: Request | Prepared, sink: Sink) -> Prepared:
-        """Accepts a request; its deltas go to `sink`. Prompts are encoded here, in the caller's thread.
+    def submit(self, request: Request | Prepared, sink: Sink, heeded: bool = True) -> Prepared:
+        """Accepts a request; its deltas go to `sink`: each token as it comes, or some at a time while nobody is `heeded`.
+        Prompts are encoded here, in the caller's thread.
 
         Raises what `Engine.prepare` raises, ConfigError for an id in flight, WaypostError after `close`.
         """
@@ -65,6 +68,8 @@ class EngineThread:
             if ready.id in self._sinks:
                 raise ConfigError(f"a request with the id '{ready.id}' is in flight; give each its own")
             self._sinks[ready.id] = (sink, set(range(ready.sampling.n)))
+            if heeded:
+                self._heeded.add(ready.id)
             self._inbox.append(ready)
             self._wake.notify()
         return ready
@@ -93,7 +98,7 @@ class EngineThread:
         arrived: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         unfinished = sum(r.sampling.n for r in ready)
         for r in ready:
-            self.submit(r, arrived.put)
+            self.submit(r, arrived.put, heeded=False)
         while unfinished:
             delta = arrived.get()
             unfinished -= delta.finish_reason is not None
@@ -144,7 +149,7 @@ class EngineThread:
                 engine.scheduler.check()
                 self._wake.wait()
             inbox, self._inbox = self._inbox, []
-            closing = self._closing
+            closing, heeded = self._closing, bool(self._heeded)
         for item in inbox:
             if isinstance(item, str):
                 engine.cancel(item)
@@ -155,7 +160,7 @@ class EngineThread:
         if closing:
             for request_id in list(self._sinks):
                 engine.cancel(request_id)
-        for delta in engine.step():
+        for delta in engine.step(1 if heeded else stride.in_time(engine.stats().newest_step_s, stride.UNHEEDED_S)):
             self._deliver(delta)
         return not (closing and engine.idle)
 
@@ -170,6 +175,7 @@ class EngineThread:
         if not unfinished or not taken:
             with self._wake:
                 del self._sinks[delta.request_id]
+                self._heeded.discard(delta.request_id)
             self._engine.cancel(delta.request_id)  # finds nothing where all choices are done
 
 

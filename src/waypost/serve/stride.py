@@ -13,6 +13,7 @@ Shapes: S sequences, R positions of the one that may get the most tokens.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,13 +36,16 @@ MOST = 32
 UNHEARD_S = 0.1
 """What they may take together: meanwhile nobody hears of a token, and no interrupt is heard."""
 
+UNHEEDED_S = 0.02
+"""The same for a server, to which somebody else may come meanwhile."""
+
 LOOKED_BACK = 8192
 """Tokens of a text among which guesses are looked for."""
 
 
-def in_time(pass_s: float) -> int:
-    """How many passes of so many seconds each may run in one go; MOST where that is not known, 0."""
-    return MOST if pass_s <= 0 else max(1, min(MOST, int(UNHEARD_S / pass_s)))
+def in_time(pass_s: float, most_s: float) -> int:
+    """How many passes of `pass_s` seconds each may run in one go of `most_s`; MOST where 0 says that it is not known."""
+    return MOST if pass_s <= 0 else max(1, min(MOST, int(most_s / pass_s)))
 
 
 def run(
@@ -65,9 +69,12 @@ def run(
         if min(text.room for text in texts) < 2:
             return 0
         kv.expect(scheduler.pool.highest)
+        began = time.monotonic()
         passed = _pass(model, kv, spans, texts, passes, guessing)
         if passed is None:
             return 0
+        ended = began + passed.seconds.cumsum(0)
+        times = [ended.repeat_interleave(accepted + 1).tolist() for accepted in passed.accepted]  # of each token
         drafts.book(spans, passed)
         for number in range(max(passed.counts)):
             alive = [i for i, span in enumerate(spans) if span.sequence.pages and number < passed.counts[i]]
@@ -76,7 +83,8 @@ def run(
             for i in alive if number else ():  # the first was charged when it was planned
                 scheduler.turns.charge(spans[i].sequence, 1)
             computed([spans[i] for i in alive])
-            likeliest = Likeliest(passed.peaks[alive, number], passed.tokens[alive, number])
+            when = [times[i][number] for i in alive]
+            likeliest = Likeliest(passed.peaks[alive, number], passed.tokens[alive, number], when)
             deltas += draw(likeliest, [spans[i].sequence for i in alive], [*range(len(alive))])
     finally:
         for span in spans:  # pages that were not needed go back

@@ -88,7 +88,7 @@ def stepped(live: Live) -> Iterator[threading.Semaphore]:
     """The engine of `live` makes a step only for each permit, so that a test decides how far a request gets."""
     permits, step = threading.Semaphore(0), live.engine.step
 
-    def one_step() -> Any:
+    def one_step(_: int = 1) -> Any:
         permits.acquire(timeout=PATIENCE_S)
         return step()
 

@@ -23,8 +23,10 @@ from waypost.serve.api.access import Caller, Callers
 from waypost.serve.api.app import create_app
 from waypost.serve.api.server import complete_routes
 from waypost.serve.engine import Engine
+from waypost.serve.loop import EngineThread
 
 ASK = {"model": MODEL, "prompt": "a", "max_tokens": 2, "seed": 1}
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 LONG = {"model": MODEL, "prompt": "a", "max_tokens": 250, "seed": 1, "ignore_eos": True}
 
 
@@ -50,6 +52,22 @@ def test_a_body_that_is_not_a_json_object_is_refused(live: Live, body: bytes, co
 def test_a_body_is_read_whatever_its_content_type(live: Live) -> None:
     reply = request("POST", live.url + "/v1/completions", content=json.dumps(ASK))
     assert reply.status_code == 200
+
+
+def test_tokens_are_heeded_where_they_are_streamed(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is answered as a whole may be computed several steps at a time."""
+    seen: list[bool] = []
+    submit = EngineThread.submit
+
+    def watched(self: EngineThread, request: Any, sink: Any, heeded: bool = True) -> Any:
+        seen.append(heeded)
+        return submit(self, request, sink, heeded)
+
+    monkeypatch.setattr(EngineThread, "submit", watched)
+    for stream in (False, True):
+        assert live.post("/v1/completions", {**ASK, "stream": stream}).status_code == 200
+        assert live.post("/v1/chat/completions", {**CHAT, "stream": stream}).status_code == 200
+    assert seen == [False, False, True, True]
 
 
 def test_an_endless_body_is_cut_off(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +385,7 @@ def test_health_follows_the_engine(checkpoint: str) -> None:
 def test_an_engine_that_dies_fails_what_waits_and_the_health(gated: tuple[Live, threading.Semaphore]) -> None:
     live, permits = gated
 
-    def broken() -> Any:
+    def broken(_: int) -> Any:
         raise RuntimeError("a wire came loose")
 
     with ThreadPoolExecutor(1) as pool:

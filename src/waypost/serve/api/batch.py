@@ -92,7 +92,7 @@ class Batch:
                 refusal = self._start(line)
                 if refusal is not None:
                     yield refusal
-            deltas = self._engine.step(stride.in_time(self._engine.stats().newest_step_s))
+            deltas = self._engine.step(stride.in_time(self._engine.stats().newest_step_s, stride.UNHEARD_S))
             num_tokens += sum(len(delta.tokens) for delta in deltas)
             failed = f", {tally.failed} failed" if tally.failed else ""
             bar.advance(0, note=f"{num_tokens:,} tokens{failed}")

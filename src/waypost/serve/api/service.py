@@ -103,7 +103,7 @@ class Service:
     async def finished(self, work: Work, call: Call) -> list[Part]:
         """What every choice has when it has ended. Cancelling this coroutine cancels the work."""
         parts = [Part() for _ in range(work.num_choices)]
-        with closing(self._subscribe(work, call)) as subscription:
+        with closing(self._subscribe(work, call, heeded=False)) as subscription:
             async for news in subscription:
                 for index, delta in news:
                     parts[index].add(delta)
@@ -146,7 +146,7 @@ class Service:
             self._ready[0].close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _subscribe(self, work: Work, call: Call) -> Subscription:
+    def _subscribe(self, work: Work, call: Call, heeded: bool = True) -> Subscription:
         self.require(None)
         assert self._thread is not None, "what is ready has a thread"
         if self._mailbox is None:
@@ -158,7 +158,7 @@ class Service:
                 raise deadline_missed(0)
         requests = work.requests_of(call.caller.name or call.user, call.caller, call.priority, deadline_s)
         watch = Watch(self.metrics, work, call)
-        subscription = Subscription(self._mailbox, self._thread, requests, watch.see, lambda: self.stopping)
+        subscription = Subscription(self._mailbox, self._thread, requests, watch.see, lambda: self.stopping, heeded)
         for prompt in work.prompts:
             self.metrics.prompt_tokens.inc(len(prompt.token_ids))
             self.metrics.request_prompt_tokens.observe(len(prompt.token_ids))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 from waypost.core.errors import WaypostError
 from waypost.serve.api.errors import FAILED, ApiError, cut_off, deadline_missed, unavailable
@@ -53,8 +54,9 @@ class Subscription:
         requests: Sequence[Prepared],
         on_delta: Callable[[int, Delta], None],
         stopping: Callable[[], bool],
+        heeded: bool = True,
     ) -> None:
-        """Submits `requests`: all of them, or none and an ApiError.
+        """Submits `requests`: all of them, or none and an ApiError. `heeded`: somebody waits for every token.
 
         `on_delta` sees every delta when it arrives, whether or not anyone still reads. What ends as cancelled while the
         server is `stopping` is an ApiError; otherwise an exchange of weights has ended it, and what it has is its answer.
@@ -67,13 +69,17 @@ class Subscription:
         first = 0
         try:
             for request in requests:
-                thread.submit(request, lambda d, first=first: mailbox.put(self, first + d.choice, d))  # type: ignore[misc]
+                sink = partial(self._put, mailbox, first)
+                thread.submit(request, sink, heeded)
                 submitted.append(request.id)
                 first += request.sampling.n
         except WaypostError as error:
             for request_id in submitted:
                 thread.cancel(request_id)
             raise (cut_off() if stopping() else unavailable(FAILED, str(error))) from error
+
+    def _put(self, mailbox: Mailbox, first: int, delta: Delta) -> None:
+        mailbox.put(self, first + delta.choice, delta)
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         num_tokens = 0

@@ -75,12 +75,14 @@ class Likeliest:
     """(n,) float32, NaN where there is one."""
     token: Tensor
     """(n,) int64, the first that has it."""
+    times: Sequence[float] = ()
+    """(n,): when each was found, by time.monotonic; none: just now."""
 
     def __len__(self) -> int:
         return len(self.peak)
 
     def __getitem__(self, rows: Sequence[int]) -> Likeliest:
-        return Likeliest(self.peak[rows], self.token[rows])
+        return Likeliest(self.peak[rows], self.token[rows], [self.times[row] for row in rows] if self.times else ())
 
     def draws(self, weight_version: int) -> list[Draw]:
         """The tokens as draws of the weights `weight_version`; a row that is not finite is a failure."""
