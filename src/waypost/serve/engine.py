@@ -243,8 +243,7 @@ class Engine:
                     deltas += self._run(spans)
             except Exception as error:
                 deltas += self._fail(spans, error)
-            took_s, size = time.monotonic() - began, self.scheduler.ledger.tokens(spans)
-            self._stats.steps(max(1, count), took_s, size)
+            self._stats.steps(max(1, count), took_s := time.monotonic() - began, self.scheduler.ledger.tokens(spans))
             if decodes and count == 0:
                 self.drafts.observe(spans, took_s)
         return deltas
@@ -302,6 +301,7 @@ class Engine:
     def _take(self, sequence: LiveSequence, draw: Draw, now: float) -> Delta:
         answer = sequence.answer
         delta = answer.take(draw)
+        delta.at_s = now
         live = self._live[answer.request_id]
         if delta.tokens:
             sequence.tokens.append(draw.token_id)

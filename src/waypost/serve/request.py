@@ -64,6 +64,8 @@ class Delta:
     """Tokens of the prompt that the prefix cache had, on the first delta of a choice that has tokens."""
     embedding: Tensor | None = None
     """(C,) float32 of length one, on the last delta of a request with `pooling`."""
+    at_s: float | None = None
+    """When its token was there, by time.monotonic; it may be told later. None: it has none."""
     prompt_scores: tuple[Scored, ...] | None = None
     """Of every token of the prompt but the first, on the first delta of choice 0 where Sampling.prompt_logprobs asked."""
 

@@ -22,8 +22,10 @@ from waypost.serve.api import asgi, chat_schemas, schemas
 from waypost.serve.api.access import Caller, Callers
 from waypost.serve.api.app import create_app
 from waypost.serve.api.server import complete_routes
+from waypost.serve.api.watch import Watch
 from waypost.serve.engine import Engine
 from waypost.serve.loop import EngineThread
+from waypost.serve.request import Delta
 
 ASK = {"model": MODEL, "prompt": "a", "max_tokens": 2, "seed": 1}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
@@ -68,6 +70,29 @@ def test_tokens_are_heeded_where_they_are_streamed(live: Live, monkeypatch: pyte
         assert live.post("/v1/completions", {**ASK, "stream": stream}).status_code == 200
         assert live.post("/v1/chat/completions", {**CHAT, "stream": stream}).status_code == 200
     assert seen == [False, False, True, True]
+
+
+def test_the_tokens_of_a_whole_answer_have_the_times_of_their_passes(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though some of them arrive together."""
+    times: list[float] = []
+    see = Watch.see
+
+    def watched(self: Watch, index: int, delta: Delta) -> None:
+        times.extend([delta.at_s] if delta.tokens and delta.at_s is not None else [])
+        see(self, index, delta)
+
+    monkeypatch.setattr(Watch, "see", watched)
+    name = "waypost:inter_token_latency_seconds_sum"
+
+    def between() -> float:
+        families = text_string_to_metric_families(live.get("/metrics").text)
+        return next(sample.value for family in families for sample in family.samples if sample.name == name)
+
+    before = between()
+    assert live.post("/v1/completions", {**LONG, "temperature": 0}).status_code == 200
+    assert len(times) == 250
+    assert times == sorted(set(times))
+    assert between() - before == pytest.approx(times[-1] - times[0], abs=1e-9)
 
 
 def test_an_endless_body_is_cut_off(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ class Service:
             if deadline_s <= 0:
                 raise deadline_missed(0)
         requests = work.requests_of(call.caller.name or call.user, call.caller, call.priority, deadline_s)
-        watch = Watch(self.metrics, work, call)
+        watch = Watch(self.metrics, work, call, heeded)
         subscription = Subscription(self._mailbox, self._thread, requests, watch.see, lambda: self.stopping, heeded)
         for prompt in work.prompts:
             self.metrics.prompt_tokens.inc(len(prompt.token_ids))

@@ -44,6 +44,8 @@ class Watch:
     metrics: Metrics
     work: Work
     call: Call
+    heeded: bool = True
+    """Whether somebody reads each token as it comes: its time is then that of its arrival, else that of its pass."""
     _choices: list[_Seen] = field(default_factory=list)
     _num_open: int = 0
 
@@ -54,7 +56,7 @@ class Watch:
 
     def see(self, index: int, delta: Delta) -> None:
         """Counts what a step brought for choice `index`: tokens, time to the first, time between them."""
-        now = time.monotonic()
+        now = time.monotonic() if self.heeded or delta.at_s is None else delta.at_s
         choice, record = self._choices[index], self.call.record
         record.completion_tokens += len(delta.tokens)
         if delta.tokens:
