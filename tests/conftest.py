@@ -1,8 +1,9 @@
-"""What every test runs under: two threads, fresh memory full of NaN, hypothesis that does not time."""
+"""What every test runs under: two threads, fresh memory full of NaN, hypothesis that does not time, signals that end."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,11 @@ torch.set_num_threads(2)
 settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup, and every process that a test starts inherits it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,11 +21,8 @@ from waypost.testing.tiny import tiny_checkpoint
 
 PATIENCE_S = 60.0
 STARTS = """
-import signal
 import sys
 from pathlib import Path
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 
 from waypost.kernels import build
 
