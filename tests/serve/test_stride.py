@@ -167,9 +167,10 @@ def test_generate_takes_several_at_a_time(model: Decoder, monkeypatch: pytest.Mo
     seen: list[int] = []
     run = stride.run
 
-    def watched(*args: Any) -> int:
-        seen.append(run(*args))
-        return seen[-1]
+    def watched(*args: Any) -> list[float]:
+        rows = run(*args)
+        seen.append(len(rows))
+        return rows
 
     monkeypatch.setattr(stride, "run", watched)
     monkeypatch.setattr(stride, "UNHEARD_S", 1e9)

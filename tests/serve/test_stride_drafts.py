@@ -169,6 +169,8 @@ def test_when_passes_guess(
         count = len(found.seconds)
         want = by_hand(text, tokens_of(found, 0), guessing, count, allowed)
         assert want == (found.guessed[0].tolist(), found.accepted[0].tolist())
+    stats = engine.stats()
+    assert stats.step_tokens.total == 28 + (stats.num_steps - 1) + stats.draft_tokens, "the prompt, then a row a step and guess"
 
 
 def test_guesses_that_lose_end_with_their_credit(

@@ -232,19 +232,19 @@ class Engine:
         spans = self.scheduler.plan()
         if spans:
             self._mark(spans, began)
-            decodes, count = all(s.sequence.decoding for s in spans), 0
+            decodes, rows = all(s.sequence.decoding for s in spans), list[float]()
             try:
                 if most > 1 and self._undisturbed:
                     told = deltas, self._computed, self._draw
-                    count = stride.run(self.model, self.kv, self.drafts, spans, most, *told)
-                if count == 0:
+                    rows = stride.run(self.model, self.kv, self.drafts, spans, most, *told)
+                if not rows:
                     spans = self.drafts.lengthen(spans)
                     self.kv.expect(self.pool.highest)
                     deltas += self._run(spans)
             except Exception as error:
                 deltas += self._fail(spans, error)
-            self._stats.steps(max(1, count), took_s := time.monotonic() - began, self.scheduler.ledger.tokens(spans))
-            if decodes and count == 0:
+            self._stats.steps(rows or [self.scheduler.ledger.tokens(spans)], took_s := time.monotonic() - began)
+            if decodes and not rows:
                 self.drafts.observe(spans, took_s)
         return deltas
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -71,15 +72,15 @@ class Stats:
     prefill_s: Histogram = field(default_factory=Histogram)
     """From a choice's first span to its first token."""
     step_tokens: Histogram = field(default_factory=lambda: Histogram(TOKEN_BUCKETS))
-    """Tokens computed in a step; those that went through a part of the layers count for that part."""
+    """Tokens computed in a step, guesses among them; those that went through a part of the layers count for that part."""
 
-    def steps(self, count: int, took_s: float, tokens: float) -> None:
-        """Counts `count` steps of `tokens` each that took `took_s` together."""
-        self.num_steps += count
-        self.newest_step_s = took_s / count
-        for _ in range(count):
-            self.step_s.observe(took_s / count)
-            self.step_tokens.observe(tokens)
+    def steps(self, tokens: Sequence[float], took_s: float) -> None:
+        """Counts a step for each entry of `tokens`, which it computed; they took `took_s` together."""
+        self.num_steps += len(tokens)
+        self.newest_step_s = took_s / len(tokens)
+        for count in tokens:
+            self.step_s.observe(self.newest_step_s)
+            self.step_tokens.observe(count)
 
     @property
     def prefix_hit_rate(self) -> float:

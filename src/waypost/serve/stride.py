@@ -51,28 +51,28 @@ def in_time(pass_s: float, most_s: float) -> int:
 def run(
     model: Decoder, kv: PagedKv, drafts: Speculation, spans: Sequence[Span], most: int, deltas: list[Delta],
     computed: Callable[[list[Span]], None], draw: Callable[[Likeliest, list[LiveSequence], list[int]], list[Delta]],
-) -> int:  # fmt: skip
-    """Up to `most` passes of `spans`, where the next steps would run the same again; -> how many, 0 where something stands in
-    the way. What they draw of each sequence, up to its end, is added to `deltas`.
+) -> list[float]:  # fmt: skip
+    """Up to `most` passes of `spans`, where the next steps would run the same again; -> the tokens that each has computed, []
+    where something stands in the way. What they draw of each sequence, up to its end, is added to `deltas`.
 
     `computed` writes down that spans have run, `draw(likeliest, sequences, rows)` gives a token to each.
     """
     if model.at_once is None or not model.at_once.screened or kv.sums is not None or not drafts.strides_with(len(spans)):
-        return 0
+        return []
     scheduler = drafts.scheduler
     passes = _count(spans, scheduler, most)
     if passes < 2:
-        return 0
+        return []
     guesses, guessing = drafts.guessing(spans, passes)
     try:
         texts = _texts(spans, scheduler, passes, guesses)
         if min(text.room for text in texts) < 2:
-            return 0
+            return []
         kv.expect(scheduler.pool.highest)
         began = time.monotonic()
         passed = _pass(model, kv, spans, texts, passes, guessing)
         if passed is None:
-            return 0
+            return []
         ended = began + passed.seconds.cumsum(0)
         times = [ended.repeat_interleave(accepted + 1).tolist() for accepted in passed.accepted]  # of each token
         drafts.book(spans, passed)
@@ -89,7 +89,7 @@ def run(
     finally:
         for span in spans:  # pages that were not needed go back
             scheduler.trim(span, 0)
-    return len(passed.seconds)
+    return (len(spans) + passed.guessed.sum(0)).tolist()
 
 
 def _count(spans: Sequence[Span], scheduler: Scheduler, most: int) -> int:
