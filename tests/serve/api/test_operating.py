@@ -226,14 +226,15 @@ def test_a_line_for_every_request(operated: Live) -> None:
     assert line.pop("total_s") >= line.pop("first_token_s") >= line.pop("queue_s") >= 0
     assert line.pop("time").endswith("+00:00")
     assert line == {
-        "request_id": "line-1", "method": "POST", "path": "/v1/completions", "status": 200, "caller": "bob", "stream": False,
-        "prompt_tokens": 1, "completion_tokens": 4, "finished": ["length", "length"],
+        "request_id": "line-1", "method": "POST", "path": "/v1/completions", "status": 200, "client": "127.0.0.1",
+        "caller": "bob", "stream": False, "prompt_tokens": 1, "completion_tokens": 4, "finished": ["length", "length"],
     }  # fmt: skip
     operated.post("/v1/completions", {**ASK, "prompt": 3}, headers=auth("sk-a", "line-2"))
     line = LOG.of("line-2")
     assert (line["status"], line["error"]) == (400, "invalid_value")
-    operated.get("/nowhere", headers={"x-request-id": "line-3"})
-    assert LOG.of("line-3")["status"] == 404
+    operated.get("/nowhere", headers={"x-request-id": "line-3", "x-forwarded-for": "10.1.2.3"})
+    line = LOG.of("line-3")
+    assert (line["status"], line["client"]) == (404, "10.1.2.3"), "a proxy on this machine says whom it speaks for"
 
 
 def test_the_engines_times_are_in_the_metrics(operated: Live) -> None:

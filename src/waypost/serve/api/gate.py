@@ -40,7 +40,7 @@ class Gate:
             scope = {**scope, "method": "GET"}
         given = headers.get("x-request-id")
         request_id = given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
-        record = Record(request_id, method, scope["path"])
+        record = Record(request_id, method, scope["path"], (scope.get("client") or ("",))[0])
         state = scope.setdefault("state", {})
         state |= {"request_id": request_id, "record": record, "caller": ANYONE}
 

@@ -16,6 +16,8 @@ class Record:
     request_id: str
     method: str
     path: str
+    client: str = ""
+    """Its address; behind a proxy on this machine, the one that the proxy forwards."""
     caller: str = ""
     began_s: float = field(default_factory=time.monotonic)
     status: int = 0
@@ -40,6 +42,7 @@ class Record:
             "path": self.path[:1000],
             "status": self.status,
             "total_s": round(time.monotonic() - self.began_s, 6),
+            "client": self.client or None,
             "caller": self.caller or None,
             "error": self.error,
         }
