@@ -146,7 +146,7 @@ def test_what_a_request_leaves_nothing_of_fails_it_alone(kernel: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -0.1), ("temperature", math.inf), ("temperature", 1e-50),
+        ("temperature", -0.1), ("temperature", math.inf), ("temperature", 1e-50), ("seed", 2**63),
         ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1),
         ("repetition_penalty", 0.0), ("repetition_penalty", 1e-310), ("repetition_penalty", 101.0),
         ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("max_tokens", 0),

@@ -40,8 +40,11 @@ def tell_loaded(story: Story, engine: Engine) -> None:
     model, config = engine.model, engine.model.config
     dtype = str(engine.dtype).removeprefix("torch.")
     story.tell("load", f"{config.model_type}, {counted(len(config.layers), 'layer')}, {dtype}", engine.startup_s["load"])
-    threads = f"{model.ops.name} kernels, {counted(torch.get_num_threads(), 'thread')}"
-    proved = f"numerics fast: {threads}" if model.ops.name == "fast" else f"numerics exact, proved here: {threads}"
+    threads = counted(torch.get_num_threads(), "thread")
+    if model.ops.name == "fast":
+        proved = f"numerics fast: the quickest kernels, no bits promised, {threads}"
+    else:
+        proved = f"numerics exact, proved here: {model.ops.name} kernels, {threads}"
     story.tell("check", proved, engine.startup_s["check"])
     tokens = engine.pool.total * PAGE_TOKENS
     story.tell("ready", f"context {engine.max_seq_len:,} tokens, cache for {tokens:,}", story.seconds)

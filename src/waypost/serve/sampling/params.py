@@ -69,6 +69,7 @@ class Sampling:
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "must be in [0.01, 100]; 1 changes nothing"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "must be in [-2, 2]"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "must be in [-2, 2]"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "must be a 64-bit integer, from -2**63 to 2**63 - 1"),
             ("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "must be finite numbers by token id"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1 or self._only_scores, "must be at least 1"),
             (
