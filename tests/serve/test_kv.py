@@ -10,19 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from once_cases import served
 from serve_cases import KERNELS, answers_of, make_engine, model_of, poison, prompt_of
 from test_serving_adapters import run, saved
 from torch import Tensor
 
 from waypost.core.batch import Batch
 from waypost.core.errors import ConfigError
+from waypost.model.linear import at_once
 from waypost.model.rows import Rows
 from waypost.serve.drafting import NGram
 from waypost.serve.engine import Engine
 from waypost.serve.eviction import cached_positions
-from waypost.serve.kv import H2O, Full
+from waypost.serve.kv import H2O, Cached, Full
 from waypost.serve.kv.h2o import heavy_and_recent
-from waypost.serve.pages import pages_for
+from waypost.serve.pages import PagedKv, pages_for
 from waypost.serve.request import Request
 from waypost.serve.sampling import Sampling
 
@@ -168,6 +170,52 @@ def test_memory_follows_the_budget() -> None:
 def test_what_cannot_hold_is_refused(variant: str, more: dict[str, NGram], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         make_engine(model_of(variant, "fp32"), kv_policy=POLICY, **more)
+
+
+class FirstAndLast:
+    """Keeps two keys and the last sixteen, every 24 tokens: a policy that looks at no attention, which may go with drafts."""
+
+    counts_attention = False
+
+    def next(self, after: int, prompt_tokens: int) -> int | None:
+        return -(-max(after + 1, prompt_tokens) // 24) * 24
+
+    def keep(self, cached: Cached) -> list[Tensor] | None:
+        count = cached.positions[0].shape[1]
+        chosen = torch.tensor(sorted({0, 1, *range(max(2, count - 16), count)}))
+        return [chosen.expand(len(positions), -1) for positions in cached.positions]
+
+
+@pytest.mark.parametrize("most", [1, 8])
+def test_a_policy_acts_where_guesses_came_true(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Also at a place that is reached in the middle of a step, by a guess."""
+    monkeypatch.setattr(at_once, "pays", lambda weight: True)
+    model, acted, held = served("gqa"), 0, []
+    move = PagedKv.move
+
+    def watched(self: PagedKv, layer: int, pages: list[int], chosen: Tensor) -> None:
+        nonlocal acted
+        acted += layer == 0
+        move(self, layer, pages, chosen)
+
+    monkeypatch.setattr(PagedKv, "move", watched)
+    for drafting in (None, NGram(min_ngram=1)):
+        engine = make_engine(model, kv_policy=FirstAndLast(), drafting=drafting)
+        engine.drafts.always = True
+        greedy = Sampling(temperature=0.0, max_tokens=90, seed=0, ignore_eos=True)
+        for i in range(6):
+            prompt = [5 + i, 100 - i, 7] * 8
+            engine.submit(Request(prompt, greedy, id=f"{i}"))
+        tokens: dict[str, list[int]] = {}
+        while not engine.idle:
+            for delta in engine.step(most):
+                tokens.setdefault(delta.request_id, []).extend(token.token_id for token in delta.tokens)
+            engine.scheduler.check()
+        held.append((tokens, acted))
+        acted = 0
+    assert held[0] == held[1]
+    assert held[0][1] == 6 * 4, "24, 48, 72 and 96 tokens of each"
+    assert engine.stats().accepted_tokens > 60
 
 
 @pytest.mark.parametrize("fields", [{"budget": 0.0}, {"budget": 1.1}, {"recent": -0.1}, {"stride_tokens": 0}])

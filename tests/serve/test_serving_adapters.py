@@ -21,6 +21,7 @@ from waypost.model.decoder import Decoder
 from waypost.model.peft import LoraFile, read, write
 from waypost.serve.adapter_places import first_fit
 from waypost.serve.engine import Engine
+from waypost.serve.loading import prepare_for_serving
 from waypost.serve.request import Completion, Request
 from waypost.serve.sampling import Sampling
 from waypost.testing.points._shared import noise
@@ -65,6 +66,21 @@ def run(engine: Engine, *requests: Request) -> list[Completion]:
             done[delta.request_id].add(delta)
         engine.scheduler.check()
     return list(done.values())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_two_engines_of_one_model_have_adapters_of_the_same_name(kernel: str, tmp_path: Path) -> None:
+    model = model_of("gqa", "bf16", kernel)
+    paths = [saved(model, name, tmp_path) for name in ("one", "seven")]
+    first, second, both = (prepare_for_serving(copy.deepcopy(model)) for _ in range(3))
+    answers = []
+    for models in ((first, second), (both, both)):
+        engines = [make_engine(each) for each in models]
+        for engine, path in zip(engines, paths, strict=True):
+            engine.adapters.add("the same", path)
+        answers.append([answers_of(run(each, Request(PROMPT, SAMPLING, adapter="the same"))[0]) for each in engines])
+    assert answers[0][0] != answers[0][1]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

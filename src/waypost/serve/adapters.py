@@ -19,6 +19,7 @@ Shapes: T rows; r rank, K inputs, N outputs of a projection.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ from waypost.model.rows import Rows
 from waypost.serve.adapter_places import Place, first_fit, layer_of, segments
 from waypost.serve.pages import PagedKv, PagePool
 
+_numbers = itertools.count(1)
+
 
 @dataclass(eq=False)
 class ServedAdapter:
@@ -42,7 +45,8 @@ class ServedAdapter:
 
     name: str
     key: str
-    """Unlike that of every adapter before it: what it computes is known under this name to the prefix cache."""
+    """Unlike that of every adapter before it, in any engine: the prefix cache knows by it what it computes, and a model that
+    several engines share where its weights lie."""
     file: LoraFile
     num_pages: int
     places: Mapping[str, Sequence[Place]]
@@ -71,7 +75,6 @@ class AdapterStore:
         self._kv, self._pool, self._wide = kv, pool, wide(model.dtype)
         self._named: dict[str, ServedAdapter] = {}
         self._owners: dict[int, ServedAdapter] = {}
-        self._count = 0
         self._sites: tuple[Decoder, dict[nn.Module, str]] = (model, {})
         self._shapes = {name: tuple(linear.weight.shape) for name, linear in sites(model).items()}
         self._others = pool.on_evict
@@ -102,8 +105,7 @@ class AdapterStore:
         if num_pages >= self._pool.total:
             raise CapacityError(f"{file.path}: its weights take {num_pages} pages, the cache has {self._pool.total} in all; "
                                 "raise num_pages")  # fmt: skip
-        self._count += 1
-        adapter = ServedAdapter(name, f"{name}#{self._count}", file, num_pages, places, self)
+        adapter = ServedAdapter(name, f"{name}#{next(_numbers)}", file, num_pages, places, self)
         self._named[name] = adapter
         return adapter
 

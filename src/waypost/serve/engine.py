@@ -281,7 +281,7 @@ class Engine:
             drawing += family
             rows += [first_row[sequence.arrival]] * len(family)
         read += self._draw(logits, drawing, rows) if drawing else []
-        return read + self.drafts.follow(spans, first_row, partial(self._draw, logits))
+        return read + self.drafts.follow(spans, first_row, self._computed, partial(self._draw, logits))
 
     def _draw(self, logits: Tensor | Likeliest, sequences: Sequence[LiveSequence], rows: Sequence[int]) -> list[Delta]:
         """A token for each of `sequences` from its row of `logits`."""

@@ -143,10 +143,12 @@ class Speculation:
             self.steps.regime(len(spans)).observe(rows, took_s - self._prompts_s, self._guessing_s, self._accepted)
 
     def follow(
-        self, spans: Sequence[Span], first_row: dict[int, int], draw: Callable[[list[LiveSequence], list[int]], list[Delta]]
-    ) -> list[Delta]:
+        self, spans: Sequence[Span], first_row: dict[int, int], computed: Callable[[list[Span]], None],
+        draw: Callable[[list[LiveSequence], list[int]], list[Delta]],
+    ) -> list[Delta]:  # fmt: skip
         """What the rows of drafts give, after the draw at the row before them: `draw(sequences, rows)` for as long as a draw
-        is what was drafted. `first_row`: arrival -> the row of a sequence's newest token. Takes back what was not accepted."""
+        is what was drafted, each guess being written down by `computed` as a step of its own would be. `first_row`: arrival ->
+        the row of a sequence's newest token. Takes back what was not accepted."""
         drafted = alive = [s for s in spans if s.draft]
         accepted = dict.fromkeys((s.sequence.arrival for s in drafted), 0)
         deltas: list[Delta] = []
@@ -155,8 +157,8 @@ class Speculation:
             alive = [s for s in open_ if s.sequence.tokens[-1] == s.draft[depth]]
             if not alive:
                 break
+            computed(alive)
             for span in alive:
-                span.sequence.num_computed += 1
                 accepted[span.sequence.arrival] += 1
             deltas += draw([s.sequence for s in alive], [first_row[s.sequence.arrival] + depth + 1 for s in alive])
         for span in drafted:
