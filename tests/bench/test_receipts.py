@@ -57,7 +57,8 @@ def test_the_command_has_every_option_that_was_used(monkeypatch: pytest.MonkeyPa
     assert RECEIPT.stamped(asked).command == f"{RECEIPT.command} --rival transformers=ENV -n 3 --threads 1"
     named = replace(RECEIPT, command="waypost bench a.claim --rival transformers=ENV", caveat="measured")
     assert named.stamped(asked).command == f"{named.command} -n 3 --threads 1"
-    assert named.stamped(asked).caveat == "measured", "what a claim found out goes before what is said of it in general"
+    assert named.stamped(asked).caveat == "measured; beware", "what a claim found out goes before what is said of it in general"
+    assert named.stamped(asked).stamped(asked).caveat == "measured; beware"
 
 
 def test_claims_leave_the_options_to_the_stamp() -> None:

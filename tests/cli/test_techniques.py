@@ -37,6 +37,20 @@ def test_what_is_no_technique_is_named(text: str, why: str) -> None:
         technique_of(text, "kv", POLICIES)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("autp", "Did you mean 'auto'"),
+        ("none:max_ngram=2", "none has no fields"),
+        ("max_ngram=2", "NAME:FIELD"),
+        ("a.b:C", "load"),
+    ],
+)
+def test_what_is_no_drafter_is_named(text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        serving_techniques(None, text)
+
+
 def test_one_policy_is_chosen_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main.main(["serve", "no-such-model", "--scheduling", "layered", "--time-between-tokens", "0.1"])

@@ -17,10 +17,12 @@ from serve_cases import make_engine, prompt_of
 
 from waypost.core.errors import WaypostError
 from waypost.kernels.build import available
+from waypost.kernels.layers.ops import Passed
 from waypost.model.decoder import Decoder
 from waypost.model.linear import at_once
 from waypost.model.linear.at_once import LayersAtOnce
 from waypost.serve import stride
+from waypost.serve.drafting import NGram
 from waypost.serve.engine import Engine
 from waypost.serve.request import Delta, Request
 from waypost.serve.sampling import Sampling
@@ -290,24 +292,42 @@ def test_a_server_runs_ahead_while_nobody_waits_for_single_tokens(model: Decoder
     assert len(seen) < 40
 
 
-def test_a_token_has_the_time_of_its_pass(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As operators see it in the time between tokens, though all tokens of a stride are told together."""
-    engine = make_engine(model, drafting=None)
+@pytest.mark.parametrize("drafting", [None, NGram(min_ngram=1)])
+def test_a_token_has_the_time_of_its_pass(model: Decoder, monkeypatch: pytest.MonkeyPatch, drafting: NGram | None) -> None:
+    """As operators see it in the time between tokens, though all tokens of a stride are told together; tokens of one pass
+    have one time."""
+    engine = make_engine(model, drafting=drafting)
+    engine.drafts.always = True
     take, times, begun = engine._take, list[list[float]](), list[float]()
+    passes, ran = LayersAtOnce.passes, dict[int, Passed]()
+
+    def passing(self: LayersAtOnce, *given: Any) -> Passed | None:
+        found = passes(self, *given)
+        assert found is not None
+        ran[len(times) - 1] = found
+        return found
 
     def watched(sequence: Any, draw: Any, now: float) -> Delta:
         times[-1].append(now)
         return take(sequence, draw, now)
 
     monkeypatch.setattr(engine, "_take", watched)
-    engine.submit(asked([replace(GREEDY, ignore_eos=True)], [5])[0])
+    monkeypatch.setattr(LayersAtOnce, "passes", passing)
+    engine.submit(Request([7] * 30, replace(GREEDY, ignore_eos=True), id="r0"))
     while not engine.idle:
         begun.append(time.monotonic())
         times.append([])
         engine.step(8)
     begun.append(time.monotonic())
-    assert [len(each) for each in times] == [1, 1, 2, 4, 8, 5]
+    assert sum(map(len, times)) == GREEDY.max_tokens
+    if drafting is None:
+        assert [len(each) for each in times] == [1, 1, 2, 4, 8, 5]
+    else:
+        assert engine.stats().accepted_tokens > 0
     for found, begin, end in zip(times, begun, begun[1:], strict=False):
-        assert found == sorted(set(found))
         assert begin <= found[0]
         assert found[-1] <= end
+    assert ran, "some of them in one go"
+    for step, passed in ran.items():
+        took = passed.seconds.cumsum(0).repeat_interleave(1 + passed.accepted[0]).tolist()
+        assert [at - times[step][0] for at in times[step]] == pytest.approx([s - took[0] for s in took], abs=1e-9)

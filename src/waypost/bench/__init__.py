@@ -101,6 +101,9 @@ _TOLD_TOGETHER = (
     "takes about a fifth longer, alone two fifths at most (docs/log.md, 2026-11-22)"
 )
 CAVEATS: Mapping[str, str] = {
+    "serve.stream.vllm": _TOLD_TOGETHER + "; guesses gain less over HTTP (1.17 streamed, 1.20 as a whole) and in texts that "
+    "repeat less than a small model's likeliest (docs/log.md, 2026-11-23); the promise is about engines as they come: with "
+    "guesses on both sides, or on neither (serve.pass.vllm), it is missed on some days",
     "exact.prefill": _OUR_FAST_MODE,
     "exact.stream": _OUR_FAST_MODE,
     "exact.streams": _OUR_FAST_MODE,
@@ -113,4 +116,10 @@ CAVEATS: Mapping[str, str] = {
     "upcycle.sparse": "at equal time, which stands beside it, the dense model is better",
     "memory.seco": "with 2 of 4 heads for keys and values it holds more than StreamBP",
 }
-"""Claim -> what a reader must know beside its ratio, for receipts that do not say it themselves."""
+"""Claim -> what a reader must know beside its ratio and what a run of it found out."""
+
+
+def caveat_of(claim: str, found: str) -> str:
+    """What a reader must know beside a receipt, of which a run has `found` something, or nothing."""
+    general = CAVEATS.get(claim, "")
+    return found if general in found else "; ".join(filter(None, (found, general)))

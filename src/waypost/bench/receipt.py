@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
-from waypost.bench import CAVEATS
+from waypost.bench import caveat_of
 from waypost.bench.figure import Figure, draw
 from waypost.bench.roofline import Roofline
 
@@ -117,7 +117,7 @@ class Receipt:
         return replace(
             self,
             command=self._again(options),
-            caveat=self.caveat or CAVEATS.get(self.claim, ""),
+            caveat=caveat_of(self.claim, self.caveat),
             machine=machine_facts(options.threads),
             when=date.today().isoformat(),
             commit=commit(),

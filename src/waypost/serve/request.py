@@ -65,7 +65,7 @@ class Delta:
     embedding: Tensor | None = None
     """(C,) float32 of length one, on the last delta of a request with `pooling`."""
     at_s: float | None = None
-    """When its token was there, by time.monotonic; it may be told later. None: it has none."""
+    """When its token was there, or could not be drawn, by time.monotonic; it may be told later. None: nothing was drawn."""
     prompt_scores: tuple[Scored, ...] | None = None
     """Of every token of the prompt but the first, on the first delta of choice 0 where Sampling.prompt_logprobs asked."""
 

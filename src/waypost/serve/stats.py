@@ -66,7 +66,7 @@ class Stats:
     step_s: Histogram = field(default_factory=Histogram)
     time_to_first_token_s: Histogram = field(default_factory=Histogram)
     inter_token_s: Histogram = field(default_factory=Histogram)
-    """Between the tokens of a choice as they are handed out: several at a time where nobody waits for single ones."""
+    """Between the tokens of a choice, each at the end of its pass, however they are handed out; tokens of one pass: 0."""
     queue_s: Histogram = field(default_factory=Histogram)
     """From a choice's submission to its first span."""
     prefill_s: Histogram = field(default_factory=Histogram)

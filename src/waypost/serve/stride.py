@@ -4,9 +4,10 @@ Between two steps the interpreter takes about a millisecond, in which no product
 need nothing of it: each pass gets its tokens from the one before, and what was drawn is told afterwards. The passes are those
 of single steps, so the bits are too. A sequence that ends on the way has been computed a little further for nothing.
 
-How far ahead an answer ends is not known, so no sequence runs further at once than it has come.
+How far ahead an answer ends is not known, so there are no more passes at once than the answer has tokens.
 
 With a drafter that the kernel knows, a pass verifies guesses too and may give a sequence several tokens (speculation.py).
+Room for them may take the place of cached prefixes, the oldest: 18 pages at most, once, for what goes back is taken first.
 
 Shapes: S sequences, R positions of the one that may get the most tokens.
 """

@@ -28,7 +28,7 @@ from vllm import LLM, SamplingParams  # noqa: E402  # reads its environment when
 from vllm.inputs import TokensPrompt  # noqa: E402
 
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
-"""Guesses as vLLM's documentation sets them up, with the ends of a text that ours looks for."""
+"""Five guesses, as in vLLM's documentation (ours makes up to eight), by the ends of a text that ours looks for."""
 
 
 def main() -> None:

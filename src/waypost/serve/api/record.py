@@ -42,7 +42,7 @@ class Record:
             "path": self.path[:1000],
             "status": self.status,
             "total_s": round(time.monotonic() - self.began_s, 6),
-            "client": self.client or None,
+            "client": self.client[:100] or None,
             "caller": self.caller or None,
             "error": self.error,
         }
