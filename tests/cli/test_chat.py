@@ -75,6 +75,38 @@ def test_it_remembers_forgets_and_saves(
         assert said in captured.err
 
 
+def test_an_answer_is_as_long_as_fits(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The context of 256 tokens is less than an answer may have by itself; what no longer fits is told with a way out."""
+    assert chat(monkeypatch, "one\n" + "x" * 400 + "\n", checkpoint) == 1
+    captured = capsys.readouterr()
+    assert "1 turn of this conversation got no answer" in captured.err
+    assert "CapacityError" in captured.err
+    assert "or /reset" in captured.err
+
+
+def test_ctrl_c_at_the_prompt_keeps_the_conversation(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        lines = iter(["one\n", "", "/quit\n"])
+
+        def readline(self, size: int | None = -1, /) -> str:
+            if not (line := next(self.lines)):
+                raise KeyboardInterrupt
+            return line
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    with pytest.raises(SystemExit) as caught:
+        main.main(["chat", str(checkpoint), "--max-tokens", "3"])
+    assert caught.value.code == 0
+    assert "Ctrl-D or /quit ends the conversation" in capsys.readouterr().err
+
+
 def test_a_server_answers_the_same(
     server: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -180,7 +180,8 @@ def test_the_first_request_is_shown_ready_to_paste() -> None:
     assert "http://h:1/v1/completions" in text
     assert "Authorization: Bearer YOUR_KEY" in text
     body = text[text.index("-d '") + 4 : text.rindex("'")]
-    assert json.loads(body)["model"] == "it"
+    assert (json.loads(body)["model"], json.loads(body)["max_tokens"]) == ("it", 64)
+    assert '"max_tokens": 20' in invitation("http://h:1", "it", chat=True, keyed=False, most_tokens=20)
 
 
 def test_a_cache_too_small_for_the_context_is_refused_with_what_to_do(checkpoint: Path) -> None:

@@ -50,11 +50,11 @@ def tell_loaded(story: Story, engine: Engine) -> None:
     story.tell("ready", f"context {engine.max_seq_len:,} tokens, cache for {tokens:,}", story.seconds)
 
 
-def invitation(url: str, model_name: str, chat: bool, keyed: bool) -> str:
-    """How to send the first request."""
+def invitation(url: str, model_name: str, chat: bool, keyed: bool, most_tokens: int | None = None) -> str:
+    """How to send the first request, to a server that gives `most_tokens` to an answer (None: as many as there is room for)."""
     route = "chat/completions" if chat else "completions"
     asks = {"messages": [{"role": "user", "content": "What is a waypost?"}]} if chat else {"prompt": "A waypost is"}
-    body = json.dumps({"model": model_name, **asks, "max_tokens": 64})
+    body = json.dumps({"model": model_name, **asks, "max_tokens": min(64, most_tokens or 64)})
     key = " -H 'Authorization: Bearer YOUR_KEY'" if keyed else ""
     return f"""
 {model_name} is served at {url}/v1 (Ctrl-C stops). Try it:

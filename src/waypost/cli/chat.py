@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import typer
 
 from waypost.cli._adapters import LoraPath, the_adapter
 from waypost.cli._answer import decide, run, tokenizer_of
+from waypost.cli._remote import Message, Remote
 from waypost.cli._shared import Arithmetic, Dtype, Kernel, Numerics, Threads, read_ahead, torch_dtype
-from waypost.core.errors import ConfigError, WaypostError, counted, nearest
+from waypost.core.errors import CapacityError, ConfigError, WaypostError, counted, nearest
 from waypost.core.progress import say
 
 if TYPE_CHECKING:
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
     from waypost.serve.engine import Engine
     from waypost.serve.sampling import Sampling
 
-Message = dict[str, str]
+LONGEST = 512
+"""Tokens of an answer where nobody says how many."""
 COMMANDS = {
     "/reset": "forgets what was said",
     "/save": "FILE writes the conversation as JSON",
@@ -42,7 +42,12 @@ def command(
         ),
     ],
     system: Annotated[str | None, typer.Option(help="A system message before everything.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Longest answer, in tokens.", show_default=f"{LONGEST}, or what fits; with a URL the server's"
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples as the model says.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.", show_default="a new one")] = None,
@@ -116,75 +121,17 @@ class Partner(Protocol):
 
 
 class Local:
-    """A model of this process, or its adapter `adapter`."""
+    """A model of this process, or its adapter `adapter`. Without `max_tokens` an answer has LONGEST, or what fits."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, sampling: Sampling, adapter: str | None = None) -> None:
         self._engine, self._tokenizer, self._sampling, self._adapter = engine, tokenizer, sampling, adapter
 
     def answer(self, messages: list[Message], show: Callable[[str], None]) -> tuple[str, str]:
-        answer = run(self._engine, self._tokenizer.chat(messages), self._sampling, show, self._adapter)
+        ids, sampling = self._tokenizer.chat(messages), self._sampling
+        if sampling.max_tokens is None:
+            sampling = replace(sampling, max_tokens=max(1, min(LONGEST, self._engine.max_seq_len - len(ids))))
+        answer = run(self._engine, ids, sampling, show, self._adapter)
         return answer.choice.text, answer.summary
-
-
-class Remote:
-    """A server of OpenAI's protocol."""
-
-    def __init__(self, url: str, model: str | None, api_key: str | None, wishes: dict[str, Any]) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._wishes = {name: value for name, value in wishes.items() if value is not None}
-        self._model = model if model is not None else self._first_model()
-
-    def answer(self, messages: list[Message], show: Callable[[str], None]) -> tuple[str, str]:
-        began, text, reason = time.monotonic(), "", "cut off"
-        body = {"model": self._model, "messages": messages, "stream": True, **self._wishes}
-        try:
-            for event in self._events("/chat/completions", body):
-                for choice in event.get("choices", ()):
-                    piece = choice["delta"].get("content") or ""
-                    reason = choice["finish_reason"] or reason
-                    text += piece
-                    show(piece)
-        except KeyboardInterrupt:  # leaving the loop hangs up, which ends the answer there too
-            reason = "interrupted"
-        return text, f"[{time.monotonic() - began:.2f} s, {reason}]"
-
-    def _first_model(self) -> str:
-        with self._open("/models", None) as reply:
-            listed = json.loads(reply.read())["data"]
-        if not listed:
-            raise ConfigError(f"{self._url} lists no model; name one with --model")
-        return str(listed[0]["id"])
-
-    def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        with self._open(path, body) as reply:
-            for line in reply:
-                data = line.decode("utf-8").strip().removeprefix("data:").strip()
-                if not data or data == "[DONE]":
-                    continue
-                event = json.loads(data)
-                if "error" in event:
-                    raise WaypostError(f"the server: {event['error']['message']}")
-                yield event
-
-    def _open(self, path: str, body: dict[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            return urllib.request.urlopen(urllib.request.Request(self._url + path, data, self._headers))
-        except urllib.error.HTTPError as error:
-            with error:
-                raise WaypostError(f"{self._url}{path}: {error.code}: {_message(error.read())}") from error
-        except (urllib.error.URLError, ValueError, OSError) as error:
-            raise ConfigError(f"{self._url}: cannot be reached ({error}); is a server running there?") from error
-
-
-def _message(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body[:200].decode("utf-8", "replace")
 
 
 def talk(partner: Partner, history: list[Message]) -> None:
@@ -195,7 +142,13 @@ def talk(partner: Partner, history: list[Message]) -> None:
     while True:
         sys.stderr.write("\n> ")
         sys.stderr.flush()
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:  # meant for an answer that had just ended
+            if not sys.stdin.isatty():
+                raise
+            say("\nCtrl-D or /quit ends the conversation")
+            continue
         if not line or line.strip() == "/quit":
             say("")
             break
@@ -208,7 +161,10 @@ def talk(partner: Partner, history: list[Message]) -> None:
         try:
             text, summary = partner.answer(turn, write)
         except WaypostError as error:  # the conversation has outgrown the context, for one; it can go on with less
-            say(f"{type(error).__name__}: {error}")
+            way_out = (
+                "; or /reset, which forgets what was said" if isinstance(error, CapacityError) and history != first else ""
+            )
+            say(f"{type(error).__name__}: {error}{way_out}")
             unanswered += 1
             continue
         write("\n")

@@ -146,8 +146,8 @@ def command(
     /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models, /tokenize, /detokenize, /, /health, /ready,
     /metrics, /version, /docs, and /admin/weights where there is an admin key.
 
-    The same request with the same seed gives the same tokens whatever else is running (numerics exact). Ctrl-C or
-    SIGTERM lets running requests finish; a second one stops at once.
+    The same request with the same seed gives the same tokens whatever else is running (numerics exact). Ctrl-C,
+    SIGTERM or the end of its terminal lets running requests finish; a second one stops at once.
 
     Examples:
       waypost serve runs/tiny
@@ -194,7 +194,7 @@ def command(
         aim(story, engine, time_between_tokens, time_to_first_token)
         if (tokenizer := attach(app.state.service, engine, str(checkpoint))) is not None:
             tell_loaded(story, engine)
-            say(invitation(url(sock), model_name, tokenizer.has_chat_template, callers is not None))
+            say(invitation(url(sock), model_name, tokenizer.has_chat_template, callers is not None, max_tokens))
             print_result({"url": url(sock), "model": model_name, "ready_s": story.seconds}, as_json)
 
     run(app, sock, load, drain_s=drain, say=say, at_once=end_at_once)

@@ -79,6 +79,7 @@ def test_a_line_that_fails_says_why_and_harms_no_other(engine: Engine, tmp_path:
     source = write(tmp_path / "in.jsonl", [line for line, _ in BAD] + LINES)
     tally, answers = run(engine, source, tmp_path / "out.jsonl")
     assert (tally.answered, tally.failed) == (4, len(BAD))
+    assert len({answer["id"] for answer in answers.values()}) == len(BAD) + 4
     for number, (line, says) in enumerate(BAD, 1):
         named = line.get("custom_id") if isinstance(line, dict) else None
         answer = answers[named or f"line-{number}"]

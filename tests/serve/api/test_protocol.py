@@ -103,6 +103,13 @@ def test_harmless_fields_are_accepted(field: str) -> None:
         ({**CHAT, "tools": [TOOL], "tool_choice": named("lock")}, "tool_choice", "Did you mean 'look'?"),
         ({**CHAT, "tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format", "beside tools"),
         ({**CHAT, "response_format": {"type": "json"}}, "response_format", "json_object"),
+        ({**CHAT, "response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
+        ({**CHAT, "response_format": {"type": "text", "more": 1}}, "response_format.more", "Unknown field"),
+        (
+            {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
+            "response_format.json_schema.name",
+            "pattern",
+        ),
         ({**TEXT, "structured_outputs": {}}, "structured_outputs", "give one of"),
         ({**TEXT, "structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "give one of"),
         ({**TEXT, "structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice", "empty text"),

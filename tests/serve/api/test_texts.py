@@ -26,6 +26,11 @@ def test_a_text_there_and_back(live: Live) -> None:
     assert plain == live.tokenizer.encode(text)
 
 
+def test_a_list_of_texts_is_refused_with_what_is_allowed(live: Live) -> None:
+    refused = live.post("/tokenize", {"prompt": ["a", "b"]}).json()["error"]
+    assert (refused["param"], refused["message"]) == ("prompt", "prompt=['a', 'b']: give one text, or messages")
+
+
 def test_messages_are_rendered(live: Live) -> None:
     messages = [{"role": "user", "content": "x"}]
     for generation in (True, False):

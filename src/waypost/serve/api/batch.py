@@ -118,7 +118,7 @@ class Batch:
         return None
 
     def _id(self, line: Line) -> str:
-        return id_of(self._model_name, self._adapter, line.url, {**self._defaults, **(line.body or {})})
+        return id_of(line.custom_id, self._model_name, self._adapter, line.url, {**self._defaults, **(line.body or {})})
 
     def _answer(self, line: Line, response: dict[str, Any] | None, error: dict[str, Any] | None = None) -> dict[str, Any]:
         return {"id": self._id(line), "custom_id": line.custom_id, "response": response, "error": error}

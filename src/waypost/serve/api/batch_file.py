@@ -83,7 +83,7 @@ def take_up(path: Path, ids: Mapping[str, str]) -> set[str]:
             answer = json.loads(text)
             custom_id, response, given = answer["custom_id"], answer["response"], answer["id"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}:{number}: is no answer of a batch ({error!r}); name another --out") from error
+            raise ConfigError(f"{path}:{number}: is no answer of a batch ({error}); name another --out") from error
         if custom_id not in ids:
             raise ConfigError(f"{path}:{number}: answers '{custom_id}', which the batch does not ask; name another --out")
         if response is not None and response["status_code"] == 200:

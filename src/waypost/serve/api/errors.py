@@ -97,10 +97,9 @@ def of_validation(error: ValidationError, known: Iterable[str], why: Mapping[str
         return bad_request("The body must be a JSON object", code="invalid_type")
     # Of a union, the branch that got furthest is the one that was meant.
     item = max((p for p in problems if p["loc"][0] == first["loc"][0]), key=lambda p: len(p["loc"]))
+    place = [part for before, part in zip((None, *item["loc"]), item["loc"], strict=False) if before not in _TAGGED]
     path = [
-        part
-        for part in item["loc"]
-        if isinstance(part, int) or (part not in _BRANCHES and (part.isidentifier() or part.isdigit()))
+        part for part in place if isinstance(part, int) or (part not in _BRANCHES and (part.isidentifier() or part.isdigit()))
     ]
     path = path or [item["loc"][0]]  # a name that is no identifier: the client made it up
     param, field = ".".join(map(str, path)), str(path[0])
@@ -118,6 +117,8 @@ def of_validation(error: ValidationError, known: Iterable[str], why: Mapping[str
 
 _BRANCHES = {"str", "int", "float", "bool", "list", "dict", "none"}
 """Names that pydantic puts into a path to say which branch of a union it tried."""
+_TAGGED = {"response_format"}
+"""Fields behind which it puts the `type` by which it chose a branch, which may be the name of a field in it too."""
 
 
 def _short(value: Any) -> str:

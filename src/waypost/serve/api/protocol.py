@@ -152,7 +152,7 @@ def parse(kind: type[R], body: bytes) -> R:
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        raise of_validation(error, kind.model_fields, WHY_NOT, SHAPES) from error
+        raise of_validation(error, kind.model_fields, WHY_NOT, {**SHAPES, **kind.allowed}) from error
     if isinstance(request, _Sampled) and request.stream_options is not None and not request.stream:
         raise bad_request("stream_options needs stream: true", "stream_options")
     if isinstance(request, _Sampled) and request.prompt_logprobs is not None and request.stream:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -42,6 +43,7 @@ class TokenizeRequest(Strict):
     )
     add_generation_prompt: bool = Field(True, description="For messages: end where the assistant's answer begins.")
     return_token_strs: bool = False
+    allowed: ClassVar[Mapping[str, str]] = {"prompt": "give one text, or messages"}
 
 
 class DetokenizeRequest(Strict):
