@@ -31,6 +31,23 @@ def test_a_list_of_texts_is_refused_with_what_is_allowed(live: Live) -> None:
     assert (refused["param"], refused["message"]) == ("prompt", "prompt=['a', 'b']: give one text, or messages")
 
 
+def test_what_draws_no_token_is_not_among_the_lengths_of_answers(live: Live) -> None:
+    def counts() -> list[float]:
+        names = ("request_generation_tokens_count", "request_params_max_tokens_count", "request_prompt_tokens_count")
+        found = {
+            line.partition("{")[0]: float(line.split()[-1]) for line in live.get("/metrics").text.splitlines() if line[0] != "#"
+        }
+        return [found[f"waypost:{name}"] for name in names]
+
+    before = counts()
+    assert live.post("/v1/embeddings", {"model": MODEL, "input": ["a", "b"]}).status_code == 200
+    asked = {"model": MODEL, "prompt": "x y z", "max_tokens": 0, "echo": True, "logprobs": 0}
+    assert live.post("/v1/completions", asked).status_code == 200
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [0, 0, 3]
+    assert live.post("/v1/completions", {**asked, "max_tokens": 2}).status_code == 200
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [1, 1, 4]
+
+
 def test_messages_are_rendered(live: Live) -> None:
     messages = [{"role": "user", "content": "x"}]
     for generation in (True, False):

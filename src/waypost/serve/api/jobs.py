@@ -42,6 +42,11 @@ class Work:
     def num_choices(self) -> int:
         return len(self.prompts) * self.n
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are asked for: not where prompts are pooled or scored alone."""
+        return any(request.max_tokens for request in self.requests)
+
     def requests_of(self, user: str, caller: Caller, priority: int, deadline_s: float | None) -> list[Prepared]:
         """The requests, with who asks, how urgently, and the seconds that are left to them."""
         rank = caller.priority + priority

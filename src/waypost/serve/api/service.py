@@ -164,7 +164,8 @@ class Service:
             self.metrics.request_prompt_tokens.observe(len(prompt.token_ids))
         for request in work.requests:
             self.metrics.asked_choices.observe(request.sampling.n)
-            self.metrics.asked_tokens.observe(request.max_tokens)
+            if request.max_tokens:
+                self.metrics.asked_tokens.observe(request.max_tokens)
         return subscription
 
     def _readings(self) -> Mapping[str, Reading]:

@@ -90,7 +90,9 @@ class Watch:
             metrics.decode_s.observe(choice.last_s - choice.first_s)
             if choice.num_tokens > 1:
                 metrics.token_s.observe((choice.last_s - choice.first_s) / (choice.num_tokens - 1))
-        metrics.request_generation_tokens.observe(choice.num_tokens)
         self._num_open -= 1
+        if not self.work.draws:  # noughts would hide how long answers are
+            return
+        metrics.request_generation_tokens.observe(choice.num_tokens)
         if not self._num_open:
             metrics.longest_choice.observe(max(c.num_tokens for c in self._choices))
